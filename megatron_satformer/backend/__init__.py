@@ -1,0 +1,1 @@
+"""The device Megatron runs on when there is no GPU."""

@@ -1,0 +1,193 @@
+"""The CPU backend: makes the published megatron-core wheel (0.19.2) run on CPU with gloo.
+
+Megatron has no CPU path. `activate` replaces what it asks of torch.cuda, and nothing else, so that
+every parallel layout can be run, debugged and tested on a laptop. Never active when CUDA is used.
+Each patch has one line that says which Megatron call needs it.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_active = False
+
+
+def activate() -> None:
+    """Install every patch; once per process, a second call does nothing."""
+    global _active
+    if not _active:
+        _active = True
+        _patch_cuda_module()
+        _patch_factories()
+        _patch_tensors()
+        _patch_distributed()
+        _patch_megatron()
+
+
+class _Stream:
+    """torch.cuda.Stream and Event: the CPU runs everything in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: "_Stream") -> float:
+        return (end.time - self.time) * 1e3  # ms
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> "_Stream":
+        return _Stream()
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _Properties:
+    """The newest architecture: older ones need CUDA_DEVICE_MAX_CONNECTIONS for ordering."""
+
+    major = 10
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _patch_cuda_module() -> None:
+    cuda = torch.cuda
+    replacements: dict[str, Any] = {
+        "is_available": _constant(True),  # initialize_megatron asserts it
+        "device_count": _constant(1),  # _initialize_distributed skips model parallel at 0
+        "current_device": _constant(CPU),  # device= of every buffer Megatron allocates
+        "set_device": _nothing,  # _initialize_distributed
+        "synchronize": _nothing,  # timers, batched p2p
+        "empty_cache": _nothing,  # evaluate_and_print_results, checkpointing
+        "Stream": _Stream,  # DDP construction, overlapped communication
+        "Event": _Stream,  # distributed optimizer, straggler timer
+        "current_stream": _constant(_Stream()),  # DDP construction
+        "default_stream": _constant(_Stream()),  # StragglerDetector, schedules
+        "stream": _constant(contextlib.nullcontext()),  # DDP construction
+        "get_device_capability": _constant((10, 0)),  # validate_args
+        "get_device_properties": _constant(_Properties()),  # validate_args
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),  # RNG tracker, checkpointing
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),  # same
+        "manual_seed": torch.manual_seed,  # model_parallel_cuda_manual_seed
+        "initial_seed": torch.initial_seed,  # RNG tracker
+        "is_initialized": _constant(True),  # RNG tracker
+        "default_generators": {CPU: torch.default_generator},  # RNG tracker
+        "memory_allocated": _constant(0),  # report_memory, log_memory
+        "max_memory_allocated": _constant(0),  # report_memory
+        "memory_reserved": _constant(0),  # report_memory
+        "max_memory_reserved": _constant(0),  # report_memory
+        "device_memory_used": _constant(0),  # report_memory
+        "reset_peak_memory_stats": _nothing,  # training_log
+        "memory_stats": _constant({}),  # log_memory_to_tensorboard
+        "is_current_stream_capturing": _constant(False),  # optimizer steps, CUDA graphs
+    }
+    for name, value in replacements.items():
+        setattr(cuda, name, value)
+    torch.accelerator.current_accelerator = _constant(None)  # Adam's graph capture check
+    cuda.random.get_rng_state = replacements["get_rng_state"]  # RNG tracker
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing  # nvtx_range_push in every layer
+
+
+def _patch_factories() -> None:
+    """`device="cuda"`, which Megatron writes out in places, becomes the CPU."""
+    names = "tensor zeros ones empty full arange rand randn randint as_tensor empty_strided"
+    for name in names.split():
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    build.__name__ = factory.__name__
+    return build
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
+def _patch_tensors() -> None:
+    plain_type, plain_to = torch.Tensor.type, torch.Tensor.to
+
+    def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        # Float16 optimizers sort parameters by the names of CUDA tensor types.
+        if dtype is None:
+            return plain_type(self).replace("torch.", "torch.cuda.")
+        return plain_type(self, str(dtype).replace("cuda.", "") if isinstance(dtype, str) else dtype)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(CPU if isinstance(a, str) and _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return plain_to(self, *args, **kwargs)
+
+    torch.Tensor.type = type_
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # get_batch, p2p
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # model to device
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # data loader
+
+
+def _patch_distributed() -> None:
+    dist = torch.distributed
+    plain_all_reduce, plain_barrier = dist.all_reduce, dist.barrier
+
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **kwargs: Any) -> Any:
+        # gloo has no AVG (averaged gradients of replicated parameters).
+        if op != dist.ReduceOp.AVG:
+            return plain_all_reduce(tensor, op=op, **kwargs)
+        assert not kwargs.get("async_op"), "AVG is emulated synchronously"
+        plain_all_reduce(tensor, op=dist.ReduceOp.SUM, **kwargs)
+        tensor.div_(dist.get_world_size(kwargs.get("group")))
+        return None
+
+    def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        # gloo takes no device_ids (initialize_model_parallel).
+        return plain_barrier(*args, **kwargs)
+
+    dist.all_reduce, dist.barrier = all_reduce, barrier
+
+
+def _patch_megatron() -> None:
+    import torch.utils.data
+    from megatron.core.datasets import utils
+
+    def compile_helpers() -> None:
+        # An installed wheel ships the compiled helper but no Makefile: `make` fails and exits.
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+
+    utils.compile_helpers = compile_helpers
+    torch.compiler.set_stance("force_eager")  # jit_fuser compiles for a GPU that is not there
+
+    plain_init = torch.utils.data.DataLoader.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # build_pretraining_data_loader always pins memory.
+        plain_init(self, *args, **kwargs | {"pin_memory": False})
+
+    torch.utils.data.DataLoader.__init__ = init

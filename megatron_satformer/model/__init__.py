@@ -1,0 +1,1 @@
+"""The equation and the modules. Must not know: pipeline boundaries, training, files."""

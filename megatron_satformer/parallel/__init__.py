@@ -1,0 +1,1 @@
+"""How carried state crosses pipeline stages. Must not know: gates, training, files."""

@@ -1,0 +1,91 @@
+"""V1 across pipeline stages: pack, unpack, width.
+
+Between stages travels one tensor, [hidden | V1] along the last axis, so Megatron's schedules,
+recompute and TransformerBlock stay as they are, and V1's gradient comes back by plain autograd.
+The same tensor-parallel rank packs and unpacks, so any bijection of the V1 elements will do:
+
+    without sequence parallel   hidden [s, b, h],     V1 [s, b, kv/tp]                 h + kv/tp
+    with sequence parallel      hidden [s/tp, b, h],  V1 viewed as [s/tp, b, kv]       h + kv
+
+Shapes: s sequence, b micro-batch, h hidden, ng KV heads, hn head dim, kv = ng * hn; "/tp": per
+rank.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.layer import ValueResidualLayer
+
+
+def packed_width(config: SATFormerConfig) -> int:
+    """Last axis of what crosses a stage boundary: h for transformer, h + kv or h + kv/tp else."""
+    return config.hidden_size + carried_width(config)
+
+
+def carried_width(config: SATFormerConfig) -> int:
+    """Elements of V1 per row of the packed tensor, on one tensor-parallel rank."""
+    if config.architecture == "transformer":
+        return 0
+    if config.sequence_parallel:
+        return config.kv_projection_size
+    return config.kv_projection_size // config.tensor_model_parallel_size
+
+
+def pack(hidden_states: Tensor, v1: Tensor) -> Tensor:
+    """[hidden | V1].
+
+    Args:
+        hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+        v1: [s, b, ng/tp, hn].
+
+    Returns:
+        [s, b, h + kv/tp], or [s/tp, b, h + kv] under sequence parallelism.
+    """
+    rows, batch, _ = hidden_states.shape
+    return torch.cat([hidden_states, v1.reshape(rows, batch, -1)], dim=-1)
+
+
+def unpack(packed: Tensor, config: SATFormerConfig) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack`; both results are contiguous and free of the packed buffer.
+
+    Args:
+        packed: as `pack` returns it.
+        config: gives h, hn and the parallel sizes.
+
+    Returns:
+        hidden_states and v1, as `pack` takes them.
+    """
+    hidden_states, flat = packed.split([config.hidden_size, carried_width(config)], dim=-1)
+    groups = config.num_query_groups // config.tensor_model_parallel_size
+    v1 = flat.reshape(-1, packed.size(1), groups, config.kv_channels)
+    return hidden_states.contiguous(), v1.contiguous()
+
+
+class StageLayer(ValueResidualLayer):
+    """ValueResidualLayer that unpacks at the entry of a pipeline chunk and packs at its exit."""
+
+    def __init__(self, config: SATFormerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        local_number = kwargs["layer_number"]
+        pp_rank = get_pg_rank(self.pg_collection.pp)
+        last_number = get_num_layers_to_build(config, kwargs.get("vp_stage"), pp_rank)
+        self.enters = local_number == 1 and self.layer_number > 1
+        self.leaves = local_number == last_number and self.layer_number < config.num_layers
+
+    # TransformerLayer.forward, 0.19.2: the narrowest place that sees the layer's whole input and
+    # output; inside it also under recompute, so the packed tensor is what gets checkpointed.
+    def forward(
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As TransformerLayer.forward; `context` is V1, [s, b, ng/tp, hn]."""
+        if self.enters:
+            hidden_states, context = unpack(hidden_states, self.config)
+        hidden_states, v1 = super().forward(hidden_states, *args, context=context, **kwargs)
+        if self.leaves:
+            return pack(hidden_states, v1), None
+        return hidden_states, v1

@@ -1,0 +1,322 @@
+"""Pretrain SATFormer, ResFormer or a plain Transformer with Megatron-core.
+
+    torchrun --nproc_per_node N pretrain_satformer.py --architecture satformer <Megatron flags>
+
+The five names of Megatron-LM's pretrain_gpt.py are here: get_batch, loss_func, forward_step,
+train_valid_test_datasets_provider, and the model builder (build_model_config).
+"""
+
+import time
+
+_PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
+
+import json  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
+    BlendedMegatronDatasetBuilder,
+)
+from megatron.core.datasets.gpt_dataset import (  # noqa: E402
+    GPTDataset,
+    GPTDatasetConfig,
+    MockGPTDataset,
+)
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+from megatron.core.utils import (  # noqa: E402
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import (  # noqa: E402
+    get_args,
+    get_timers,
+    get_tokenizer,
+    pretrain,
+    print_rank_0,
+    set_startup_timestamps,
+)
+from megatron.training.argument_utils import (  # noqa: E402
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.initialize import _initialize_distributed  # noqa: E402
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens  # noqa: E402
+from megatron.training.utils import (  # noqa: E402
+    get_blend_and_blend_per_split,
+    is_first_or_last_pipeline_stage,
+)
+
+from megatron_satformer import arguments  # noqa: E402
+from megatron_satformer.backend.device import choose_device  # noqa: E402
+from megatron_satformer.config import SATFormerConfig  # noqa: E402
+from megatron_satformer.model.builder import (  # noqa: E402
+    SATFormerModelConfig,
+    layer_spec_builder,
+)
+from megatron_satformer.parallel.carry import StageLayer  # noqa: E402
+from megatron_satformer.parallel.p2p import CarryP2PCommunicator  # noqa: E402
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+OTHER_KEYS = ("local_cp_size", "hybrid_cp_group")
+SPIKE = 10.0  # times the largest loss seen
+
+
+def get_batch(
+    data_iterator: Iterator | None, vp_stage: int | None = None
+) -> dict[str, torch.Tensor | None]:
+    """One micro-batch on this rank.
+
+    Args:
+        data_iterator: yields the dataset's dicts on tensor-parallel rank 0.
+        vp_stage: virtual pipeline stage.
+
+    Returns:
+        tokens, labels, loss_mask, position_ids, each [b, s/cp]; attention_mask [b, 1, s, s] or
+        None; cu_seqlens, cu_seqlens_padded, max_seqlen of packed documents or None. A stage that
+        needs none of it gets None throughout.
+    """
+    args = get_args()
+    keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
+    packed = args.dataloader_inter_document_masking
+    if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
+        return dict.fromkeys(keys)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        batch = {
+            key: None if sample.get(key) is None else sample[key].cuda(non_blocking=True)
+            for key in keys
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=packed,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if is_first_or_last_pipeline_stage(vp_stage):
+        batch = get_batch_on_this_cp_rank(
+            batch,
+            is_hybrid_cp=False,
+            cp_group=mpu.get_context_parallel_group(),
+            use_per_sequence_balancing=packed,
+        )
+    return {key: batch.get(key) for key in keys}
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the token losses of one micro-batch.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output_tensor: [b, s] cross entropies, nats.
+
+    Returns:
+        The summed loss, the number of tokens, and what is logged: [sum, tokens] under "lm loss".
+    """
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output_tensor.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(
+                machine.is_unexpectedly_large, threshold=SPIKE, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+    logged = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": logged}
+
+
+def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Any, Any]:
+    """One forward pass of one pipeline chunk.
+
+    Args:
+        data_iterator: see get_batch.
+        model: the chunk, as Megatron wrapped it.
+
+    Returns:
+        The chunk's output and the loss function that the last stage applies to it.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=_packed_seq_params(batch),
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def _packed_seq_params(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
+    """What Transformer Engine's attention needs to keep packed documents apart."""
+    if batch["cu_seqlens"] is None:
+        return None
+    real = batch["cu_seqlens"].squeeze(0)  # [documents + 1]
+    padded = batch["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(real)
+    bounds = real if padded is None else padded
+    longest = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def train_valid_test_datasets_provider(
+    train_val_test_num_samples: list[int], vp_stage: int | None = None
+) -> list[Any]:
+    """Build the three datasets.
+
+    Args:
+        train_val_test_num_samples: samples wanted of each.
+        vp_stage: virtual pipeline stage.
+    """
+    args = get_args()
+    print_rank_0("> building train, validation, and test datasets ...")
+    datasets = BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        train_val_test_num_samples,
+        partial(_reads_data, vp_stage),
+        _dataset_config(args),
+    ).build()
+    print_rank_0("> finished creating datasets ...")
+    return datasets
+
+
+train_valid_test_datasets_provider.is_distributed = True  # built on every rank that reads data
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    packed = get_args().dataloader_inter_document_masking
+    return packed or is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _dataset_config(args: Any) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences = json.load(file)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+
+
+def build_model_config(args: Any) -> SATFormerModelConfig:
+    """The model that the arguments describe; its `builder` builds it."""
+    config = core_transformer_config_from_args(args, SATFormerConfig)
+    model = gpt_config_from_args(args, config, SATFormerModelConfig)
+    model.transformer_layer_spec = layer_spec_builder(StageLayer)
+    return model
+
+
+def main() -> None:
+    """Parse, check, build, train."""
+    set_startup_timestamps(program_start=_PROGRAM_START_TIME, main_entry=time.time())
+    preview = arguments.preview_arguments()
+    cuda = choose_device(preview.device)
+    arguments.check_arguments(preview, cuda)
+    defaults = arguments.resolve_defaults(preview, cuda)
+    args = arguments.finish_arguments(
+        parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
+    )
+    model = build_model_config(args)
+    container = pretrain_cfg_container_from_args(args, model)
+    communication = {}
+    if args.pipeline_model_parallel_size > 1:
+        # pretrain() takes a communicator, which needs process groups, and would itself build the
+        # groups; this function of Megatron's (0.19.2) does just that and is skipped when done.
+        _initialize_distributed(None, None, None)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        communicator = CarryP2PCommunicator(groups.pp, model.transformer)
+        communication = {"p2p_communicator": communicator, "pg_collection": groups}
+    pretrain(
+        container,
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        **communication,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
