@@ -59,12 +59,15 @@ from megatron.training.utils import (  # noqa: E402
 from megatron_satformer import arguments  # noqa: E402
 from megatron_satformer.backend.device import choose_device  # noqa: E402
 from megatron_satformer.config import SATFormerConfig  # noqa: E402
+from megatron_satformer.data.preflight import check_training_data  # noqa: E402
+from megatron_satformer.errors import usage_errors  # noqa: E402
 from megatron_satformer.model.builder import (  # noqa: E402
     SATFormerModelConfig,
     layer_spec_builder,
 )
 from megatron_satformer.parallel.carry import StageLayer  # noqa: E402
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator  # noqa: E402
+from megatron_satformer.report import describe_run  # noqa: E402
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
@@ -287,17 +290,56 @@ def build_model_config(args: Any) -> SATFormerModelConfig:
     return model
 
 
+def check_data(args: Any) -> None:
+    """Look at every data file before any work starts; see data.preflight."""
+    if args.mock_data:
+        return
+    data_path, per_split = args.data_path, {}
+    if args.data_args_path is not None:
+        with open(args.data_args_path) as file:
+            data_path = file.read().split()
+    if args.per_split_data_args_path is not None:
+        with open(args.per_split_data_args_path) as file:
+            per_split = {
+                name: paths.split() if isinstance(paths, str) else paths
+                for name, paths in json.load(file).items()
+            }
+    summary = check_training_data(
+        data_path,
+        args.split,
+        get_tokenizer().vocab_size,
+        train_data_path=per_split.get("train", args.train_data_path),
+        valid_data_path=per_split.get("valid", args.valid_data_path),
+        test_data_path=per_split.get("test", args.test_data_path),
+    )
+    print(f"> data: {summary.documents:,} documents, {summary.tokens:,} tokens", flush=True)
+
+
+def configure() -> tuple[Any, SATFormerModelConfig]:
+    """Arguments and model, checked; nothing distributed exists yet.
+
+    Raises:
+        SystemExit: code 2 after one printed line, for anything the user can mend.
+    """
+    with usage_errors():
+        preview = arguments.preview_arguments()
+        cuda = choose_device(preview.device)
+        arguments.check_arguments(preview, cuda)
+        defaults = arguments.resolve_defaults(preview, cuda)
+        args = arguments.finish_arguments(
+            parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
+        )
+        model = build_model_config(args)
+        if args.rank == 0:
+            check_data(args)
+            print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
+    return args, model
+
+
 def main() -> None:
     """Parse, check, build, train."""
     set_startup_timestamps(program_start=_PROGRAM_START_TIME, main_entry=time.time())
-    preview = arguments.preview_arguments()
-    cuda = choose_device(preview.device)
-    arguments.check_arguments(preview, cuda)
-    defaults = arguments.resolve_defaults(preview, cuda)
-    args = arguments.finish_arguments(
-        parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
-    )
-    model = build_model_config(args)
+    args, model = configure()
     container = pretrain_cfg_container_from_args(args, model)
     communication = {}
     if args.pipeline_model_parallel_size > 1:

@@ -159,6 +159,8 @@ def _check_engine(preview: Namespace, cuda: bool) -> None:
         "dataloader_inter_document_masking": preview.dataloader_inter_document_masking,
     }
     values = vars(preview) | {"fp8_format": preview.fp8}
+    if "layernorm" in (preview.recompute_modules or []):
+        wants_engine["recompute_modules"] = True  # Megatron's recomputed norm asks TE about fp8
     for option, wanted in wants_engine.items():
         if wanted and not has_transformer_engine():
             raise ValueError(

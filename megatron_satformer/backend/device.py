@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_satformer.backend import cpu
+from megatron_satformer.backend import cpu, distributed_optimizer
 
 
 def choose_device(wanted: str) -> bool:
@@ -26,4 +26,5 @@ def choose_device(wanted: str) -> bool:
     cuda = found and wanted != "cpu"
     if not cuda:
         cpu.activate()
+    distributed_optimizer.activate()
     return cuda
