@@ -1,0 +1,287 @@
+r"""Megatron's indexed token files, written and read exactly: `<prefix>.bin` and `<prefix>.idx`.
+
+`.bin` is every document's tokens, end to end. `.idx` is
+
+    9 bytes   magic "MMIDIDX\0\0"
+    u64       version, 1
+    u8        dtype code of the tokens
+    u64, u64  number of sequences n, number of document boundaries d
+    i32[n]    sequence lengths, in tokens
+    i64[n]    where each sequence starts in .bin, in bytes
+    i64[d]    first sequence of each document, then n
+
+all little-endian. We write one sequence per document; a document without tokens has none, as with
+Megatron's own tool. Source: megatron/core/datasets/indexed_dataset.py (0.19.2).
+"""
+
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_satformer.data.atomic import AtomicFile
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+# Rows of an index looked at in one go: bounds memory, not speed.
+BLOCK = 1 << 20
+REMAKE = "Copy it again in full, or make it again with tools/preprocess_data.py."
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
+    """Returns the dtype that Megatron stores tokens of this vocabulary in (DType.optimal_dtype)."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    """Returns the path of the tokens of the data set `prefix`."""
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    """Returns the path of the index of the data set `prefix`."""
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+def check_output_free(prefix: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuses to write over a data set.
+
+    A lone `.bin` with our complete-but-not-renamed `.idx.partial` beside it is the trace of a kill
+    between the two renames, not somebody's data, and does not count.
+
+    Raises:
+        ValueError: If `prefix` has a `.bin` or `.idx` and `overwrite` is not set.
+    """
+    idx, tokens = idx_path(prefix), bin_path(prefix)
+    killed_half_way = idx.with_name(idx.name + ".partial").exists() and not idx.exists()
+    for path in (idx, tokens):
+        if path.exists() and not overwrite and not (path == tokens and killed_half_way):
+            raise ValueError(f"{path} exists already. Pass --overwrite, or choose another output.")
+
+
+class IndexedWriter:
+    """Writes one data set; nothing has the final names before `publish`.
+
+    Memory is 12 bytes per document. Use as a context manager: leaving it without `publish` removes
+    what was written.
+
+    Args:
+        prefix: Output prefix, without `.bin`.
+        vocab_size: Size of the vocabulary; it chooses the dtype and bounds the ids.
+        overwrite: Whether an existing data set may be replaced.
+    """
+
+    def __init__(
+        self, prefix: str | os.PathLike[str], vocab_size: int, overwrite: bool = False
+    ) -> None:
+        check_output_free(prefix, overwrite)
+        self.prefix = os.fspath(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.documents = 0
+        self.empty_documents = 0
+        self.tokens = 0
+        self._lengths = array("i")
+        self._boundaries = array("q", [0])
+        self._bin = AtomicFile(bin_path(prefix))
+        try:
+            self._idx = AtomicFile(idx_path(prefix))
+        except BaseException:
+            self._bin.discard()
+            raise
+
+    def add_documents(self, tokens: npt.ArrayLike, lengths: Sequence[int] | npt.NDArray) -> None:
+        """Appends documents.
+
+        Args:
+            tokens: Token ids of all the documents, end to end. [sum(lengths)]
+            lengths: Number of tokens of each document; 0 is a document without a sequence.
+
+        Raises:
+            ValueError: If an id is negative or not below the vocabulary size, or a document has
+                2^31 tokens or more. Nothing of this call is written then.
+        """
+        ids = np.asarray(tokens)
+        counts = np.asarray(lengths, dtype=np.int64)
+        if ids.size != counts.sum() or (counts < 0).any():
+            raise ValueError(f"lengths must add up to the {ids.size} tokens, not {counts.sum()}.")
+        check_ids(ids, self.vocab_size)
+        if counts.size and counts.max() >= 2**31:
+            raise ValueError(
+                f"a document has {counts.max()} tokens; the format holds 2^31 - 1. Cut it in "
+                "pieces."
+            )
+        self._bin.file.write(ids.astype(self.dtype).tobytes())
+        present = counts > 0
+        boundaries = len(self._lengths) + np.cumsum(present)
+        self._lengths.frombytes(counts[present].astype(np.int32).tobytes())
+        self._boundaries.frombytes(boundaries.astype(np.int64).tobytes())
+        self.documents += counts.size
+        self.empty_documents += int(counts.size - present.sum())
+        self.tokens += ids.size
+
+    def seal(self) -> None:
+        """Writes the index and brings both files to disk, still under their partial names."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        out = self._idx.file
+        out.write(
+            HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(self._boundaries))
+        )
+        out.write(lengths.astype("<i4", copy=False).data)
+        start = 0
+        for begin in range(0, len(lengths), BLOCK):
+            ends = start + np.cumsum(lengths[begin : begin + BLOCK], dtype=np.int64)
+            starts = np.concatenate(([start], ends[:-1]))
+            out.write((starts * self.dtype.itemsize).astype("<i8", copy=False).tobytes())
+            start = int(ends[-1])
+        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
+        out.write(boundaries.astype("<i8", copy=False).data)
+        self._bin.seal()
+        self._idx.seal()
+
+    def discard(self) -> None:
+        """Removes what was written. Does nothing after publishing."""
+        self._bin.discard()
+        self._idx.discard()
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+
+def publish(writers: Iterable[IndexedWriter]) -> None:
+    """Seals all the writers, then gives all their files the final names, the `.idx` files last.
+
+    An old index goes first: it must never stand beside new tokens.
+    """
+    writers = list(writers)
+    for writer in writers:
+        writer.seal()
+    for writer in writers:
+        idx_path(writer.prefix).unlink(missing_ok=True)
+        writer._bin.publish()
+    for writer in writers:
+        writer._idx.publish()
+
+
+def check_ids(ids: npt.NDArray, vocab_size: int) -> None:
+    """Raises ValueError unless every id is in [0, vocab_size)."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(
+            f"token id {bad} must be in [0, {vocab_size}), the tokenizer's vocabulary."
+        )
+
+
+class IndexedFile:
+    """A data set, checked and memory mapped.
+
+    Opening checks the header, both sizes against each other, and every length, pointer and
+    boundary.
+
+    Args:
+        prefix: Path without `.bin`.
+
+    Attributes:
+        dtype: dtype of the tokens.
+        lengths: Tokens per sequence, int32. [n]
+        boundaries: First sequence of each document, then n, int64. [d]
+        tokens: Every token, memory mapped. [sum(lengths)]
+
+    Raises:
+        ValueError: If a file is missing, truncated, or not of this format.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self._idx, self._bin = idx_path(prefix), bin_path(prefix)
+        for path, other in ((self._idx, self._bin), (self._bin, self._idx)):
+            if not path.is_file():
+                state = "exists" if other.is_file() else "is missing too"
+                raise ValueError(f"{path} is missing ({other.name} {state}). {REMAKE}")
+        sequences, boundaries = self._read_header()
+        rows = np.memmap(self._idx, mode="r", dtype=np.uint8, offset=0)
+        ends = HEADER.size + np.cumsum([4 * sequences, 8 * sequences, 8 * boundaries])
+        self.lengths = rows[HEADER.size : ends[0]].view("<i4")
+        self._pointers = rows[ends[0] : ends[1]].view("<i8")
+        self.boundaries = rows[ends[1] : ends[2]].view("<i8")
+        self._check_rows()
+        empty: npt.NDArray = np.empty(0, dtype=self.dtype)
+        has_tokens = self._bin.stat().st_size > 0
+        self.tokens = np.memmap(self._bin, mode="r", dtype=self.dtype) if has_tokens else empty
+
+    def _read_header(self) -> tuple[int, int]:
+        size = self._idx.stat().st_size
+        with self._idx.open("rb") as file:
+            head = file.read(HEADER.size)
+        if len(head) < HEADER.size:
+            raise ValueError(f"{self._idx} is truncated: {size} bytes, no header. {REMAKE}")
+        magic, version, code, sequences, boundaries = HEADER.unpack(head)
+        if magic != MAGIC or version != VERSION:
+            raise ValueError(
+                f"{self._idx} is not a Megatron index of version {VERSION} (it starts with "
+                f"{magic!r}, version {version}). {REMAKE}"
+            )
+        if code not in DTYPES:
+            raise ValueError(f"{self._idx} has an unknown dtype code ({code}). {REMAKE}")
+        self.dtype = np.dtype(DTYPES[code])
+        needed = HEADER.size + 12 * sequences + 8 * boundaries
+        if size != needed:
+            raise ValueError(
+                f"{self._idx} is damaged: {size} bytes, but its {sequences} sequences and "
+                f"{boundaries} document boundaries need {needed}. {REMAKE}"
+            )
+        return sequences, boundaries
+
+    def _check_rows(self) -> None:
+        start = 0
+        for begin in range(0, len(self.lengths), BLOCK):
+            lengths = self.lengths[begin : begin + BLOCK]
+            ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            starts = np.concatenate(([start], ends[:-1]))
+            if (lengths < 0).any() or (starts != self._pointers[begin : begin + BLOCK]).any():
+                raise ValueError(f"{self._idx} is damaged: lengths and offsets disagree. {REMAKE}")
+            start = int(ends[-1])
+        size = self._bin.stat().st_size
+        if size != start:
+            state = "truncated" if size < start else "not the file this index was made for"
+            raise ValueError(
+                f"{self._bin} is {state}: {size} bytes, but {self._idx.name} needs {start}. "
+                f"{REMAKE}"
+            )
+        bounds = self.boundaries
+        rising = all(
+            (np.diff(bounds[begin : begin + BLOCK + 1]) >= 0).all()
+            for begin in range(0, max(len(bounds) - 1, 0), BLOCK)
+        )
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths) or not rising:
+            raise ValueError(f"{self._idx} is damaged: its document boundaries are wrong. {REMAKE}")
+
+    @property
+    def documents(self) -> int:
+        """Number of documents, empty ones included."""
+        return len(self.boundaries) - 1
+
+    def __len__(self) -> int:
+        """Returns the number of sequences: what Megatron's GPTDataset splits and serves."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> npt.NDArray:
+        """Returns the tokens of sequence `index`, a view of the file."""
+        start = int(self._pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]

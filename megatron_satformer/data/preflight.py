@@ -1,0 +1,211 @@
+"""Checks of the training data before any work starts, in the place of a crash or a hang later.
+
+Everything passed in is a plain value; Megatron's objects are not known here.
+"""
+
+import glob
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_satformer.data.blend import (
+    DEFAULT_SPLIT,
+    SPLITS,
+    documents_needed,
+    parse_blend,
+    parse_split,
+    split_documents,
+)
+from megatron_satformer.data.indexed import IndexedFile
+
+# Tokens looked at for the largest id, per data set: 4 GB of uint16, about two seconds from memory.
+SCAN_TOKENS = 1 << 31
+SCAN_BLOCK = 1 << 24
+OBJECT_STORAGE = ("s3://", "msc://")
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """One checked data set.
+
+    Attributes:
+        prefix: Its path without `.bin`.
+        documents: Sequences in it, which is what Megatron splits by.
+        tokens: Tokens in it.
+        dtype: Name of the dtype of its tokens.
+        largest_token: Largest id seen, or -1 if the vocabulary is unknown and nothing was scanned.
+        split_documents: Documents that train, valid and test get.
+        split_tokens: Tokens that train, valid and test get, per epoch.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    dtype: str
+    largest_token: int
+    split_documents: tuple[int, int, int]
+    split_tokens: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The checked data sets, in the order they were named."""
+
+    datasets: tuple[DatasetSummary, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all the data sets."""
+        return sum(dataset.documents for dataset in self.datasets)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all the data sets."""
+        return sum(dataset.tokens for dataset in self.datasets)
+
+    def split_tokens(self, split: str) -> int:
+        """Returns the tokens of one epoch of a split ("train", "valid" or "test")."""
+        return sum(dataset.split_tokens[SPLITS.index(split)] for dataset in self.datasets)
+
+
+def check_training_data(
+    data_path: Sequence[str] | None,
+    split: str | None = None,
+    vocab_size: int | None = None,
+    *,
+    train_data_path: Sequence[str] | None = None,
+    valid_data_path: Sequence[str] | None = None,
+    test_data_path: Sequence[str] | None = None,
+    scan_tokens: int = SCAN_TOKENS,
+) -> DataSummary:
+    """Checks everything that `--data-path` or the per-split paths name.
+
+    Costs the reading of each index, and of up to `scan_tokens` tokens of each data set for the
+    largest id: run it in one process. Data in object storage is not looked at. Do not call it with
+    `--mock-data`.
+
+    Args:
+        data_path: As given to --data-path: prefixes, or weights and prefixes in turn.
+        split: As given to --split; None is Megatron's default. Used with `data_path` alone.
+        vocab_size: The tokenizer's, before padding; None skips the checks against it.
+        train_data_path: As given to --train-data-path, instead of `data_path`.
+        valid_data_path: Likewise.
+        test_data_path: Likewise.
+        scan_tokens: Most tokens of each data set to look at; of a larger one, evenly spread blocks.
+
+    Raises:
+        ValueError: "option (value) must ... What to do."
+    """
+    per_split = (train_data_path, valid_data_path, test_data_path)
+    if not data_path and not any(per_split):
+        raise ValueError(
+            "data_path (not given) must name at least one data set: the prefix of a .bin and "
+            ".idx pair from tools/preprocess_data.py. For random tokens instead, pass "
+            "--mock-data."
+        )
+    if data_path and any(per_split):
+        raise ValueError(
+            "data_path (given) must not be combined with train_data_path, valid_data_path or "
+            "test_data_path. Choose one way."
+        )
+    summaries = []
+    if data_path:
+        shares = parse_split(split if split is not None else DEFAULT_SPLIT)
+        for prefix in parse_blend("data_path", data_path):
+            if not prefix.startswith(OBJECT_STORAGE):
+                option = f"data_path ({prefix})"
+                summaries.append(_check_dataset(option, prefix, shares, vocab_size, scan_tokens))
+    for index, paths in enumerate(per_split):
+        name = f"{SPLITS[index]}_data_path"
+        whole = [(0.0, 1.0) if i == index else None for i in range(len(SPLITS))]
+        for prefix in parse_blend(name, paths) if paths else ():
+            if not prefix.startswith(OBJECT_STORAGE):
+                option = f"{name} ({prefix})"
+                summaries.append(_check_dataset(option, prefix, whole, vocab_size, scan_tokens))
+    return DataSummary(tuple(summaries))
+
+
+def _check_dataset(
+    option: str,
+    prefix: str,
+    shares: Sequence[tuple[float, float] | None],
+    vocab_size: int | None,
+    scan_tokens: int,
+) -> DatasetSummary:
+    try:
+        data = IndexedFile(prefix)
+    except ValueError as error:
+        meant = sorted(glob.glob(f"{glob.escape(prefix)}_*_document.idx"))
+        hint = f" Did you mean {meant[0].removesuffix('.idx')}?" if meant else ""
+        raise ValueError(f"{option} must be a complete data set: {error}{hint}") from None
+    except OSError as error:
+        raise ValueError(f"{option} must be readable: {error}") from None
+    if len(data) == 0 or data.tokens.size == 0:
+        raise ValueError(
+            f"{option} must hold at least one document with a token; it has {data.documents} "
+            f"documents and {data.tokens.size} tokens. Make it again with "
+            "tools/preprocess_data.py."
+        )
+    if data.dtype.kind not in "iu":
+        raise ValueError(
+            f"{option} must hold integer tokens, not {data.dtype.name}. Choose another."
+        )
+    largest = _check_tokens(option, data, vocab_size, scan_tokens)
+    ranges = split_documents(shares, len(data))
+    tokens = [
+        0 if bounds is None else int(np.sum(data.lengths[slice(*bounds)], dtype=np.int64))
+        for bounds in ranges
+    ]
+    for name, bounds, share, count in zip(SPLITS, ranges, shares, tokens, strict=True):
+        if bounds is not None and share is not None and count == 0:
+            needed = documents_needed(shares)
+            raise ValueError(
+                f"{option} must give the {name} split a document: --split gives it "
+                f"{share[1] - share[0]:.4g} of {len(data)} documents, which comes to none, and "
+                f"Megatron would wait for ever. Use at least {needed} documents, or another "
+                f"--split (weight 0 turns {name} off)."
+            )
+    return DatasetSummary(
+        prefix,
+        len(data),
+        int(data.tokens.size),
+        data.dtype.name,
+        largest,
+        tuple(0 if b is None else b[1] - b[0] for b in ranges),  # type: ignore[arg-type]
+        tuple(tokens),  # type: ignore[arg-type]
+    )
+
+
+def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_tokens: int) -> int:
+    if vocab_size is None:
+        return -1
+    if data.dtype == np.dtype("<u2") and vocab_size > np.iinfo(np.uint16).max + 1:
+        raise ValueError(
+            f"{option} holds uint16 tokens, but the tokenizer has {vocab_size} pieces: it cannot "
+            "have been made with this tokenizer. Tokenize again with it, or train with the one "
+            "the data was made with."
+        )
+    smallest, largest = _token_range(data, scan_tokens)
+    if smallest < 0 or largest >= vocab_size:
+        bad = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"{option} must hold tokens below the tokenizer's vocabulary ({vocab_size}); it has "
+            f"the token {bad}. Tokenize again with this tokenizer, or train with the one the data "
+            "was made with."
+        )
+    return largest
+
+
+def _token_range(data: IndexedFile, scan_tokens: int) -> tuple[int, int]:
+    size = data.tokens.size
+    blocks = range(0, size, SCAN_BLOCK)
+    allowed = max(1, scan_tokens // SCAN_BLOCK)
+    if len(blocks) > allowed:
+        blocks = blocks[:: math.ceil(len(blocks) / allowed)]
+    smallest, largest = 0, 0
+    for begin in blocks:
+        block = data.tokens[begin : begin + SCAN_BLOCK]
+        smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
+    return smallest, largest
