@@ -1,0 +1,42 @@
+# make help lists the targets. Options of the first three, as in `make quickstart FRESH=1`:
+#   FRESH=1         start the quickstart over
+#   PYTHON=/path    the Python to build .venv on (default: the best 3.12 or 3.13 found)
+#   VENV=system     keep the torch that this Python already has, as in an NGC container
+#   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean distclean
+
+BIN := .venv/bin
+SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
+
+help: ## list the targets
+	@sed -n 's/^# *make help.*Options/Options/p; s/^#   /  /p' Makefile
+	@echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+install: ## make .venv with everything in it; does nothing when it is complete
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" tools/install.sh
+
+quickstart: install ## corpus to trained, converted and sampled model, in runs/quickstart
+	$(BIN)/python tools/quickstart.py $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff, mypy and shellcheck
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" shellcheck $(SCRIPTS)
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/python -m ruff format
+	$(BIN)/python -m ruff check --fix
+
+clean: ## remove caches and build leftovers
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis megatron_satformer.egg-info
+	find megatron_satformer tools tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv and runs/quickstart too
+	rm -rf .venv .venv.old.* .venv.lock runs/quickstart

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Starts pretrain_satformer.py with the flags it is given, on the data, paths and GPUs that the environment names.
+# The satformer_*.sh scripts end here; what a model is and how it is trained stands in them.
+set -euo pipefail
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+: "${DATA_PATH:?prefix of the tokenized data (.bin and .idx), or a blend: weight prefix weight prefix ...}"
+: "${TOKENIZER_MODEL:?the tokenizer that made the data: a SentencePiece .model file}"
+: "${CHECKPOINT_PATH:?directory where checkpoints are written and from which training resumes}"
+: "${TENSORBOARD_LOGS_PATH:?directory for TensorBoard logs}"
+
+# Tensor and sequence parallelism overlap rightly only with one hardware queue (up to Hopper).
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+DISTRIBUTED_ARGS=(
+    --nnodes "${NNODES:-1}"
+    --nproc-per-node "${GPUS_PER_NODE:-8}"
+    --rdzv-backend c10d
+    --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500}"
+    --rdzv-id "${SLURM_JOB_ID:-satformer}"
+)
+
+read -ra BLEND <<<"$DATA_PATH"
+DATA_ARGS=(
+    --data-path "${BLEND[@]}"
+    --split "${SPLIT:-990,10,0}"
+    --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
+    --tokenizer-model "$TOKENIZER_MODEL"
+)
+
+LOGGING_ARGS=(
+    --log-interval 10
+    --log-throughput
+    --log-validation-ppl-to-tensorboard
+    --tensorboard-dir "$TENSORBOARD_LOGS_PATH"
+    --save "$CHECKPOINT_PATH"
+    --load "$CHECKPOINT_PATH"
+    --ckpt-format torch_dist
+    # Without it the optimizer in a checkpoint cannot be loaded at another TP or PP.
+    --dist-ckpt-optim-fully-reshardable
+)
+
+exec torchrun "${DISTRIBUTED_ARGS[@]}" "$REPOSITORY/pretrain_satformer.py" \
+    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"

@@ -1,0 +1,98 @@
+"""Parses flag lists (JSON, first file) as training would, and says what came of each (second file).
+
+A program of its own because parsing sets Megatron's global state; each list gets a fork of it.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_satformer import arguments
+from megatron_satformer.model.builder import SATFormerModelBuilder
+from megatron_satformer.model.parameters import count_parameters
+from pretrain_satformer import build_model_config
+
+VOCABULARY = 32000
+REPORTED = [
+    "train_samples",
+    "lr_warmup_samples",
+    "lr_decay_samples",
+    "lr",
+    "min_lr",
+    "global_batch_size",
+    "micro_batch_size",
+    "seq_length",
+    "kv_channels",
+    "adam_beta2",
+    "weight_decay",
+    "clip_grad",
+    "lr_decay_style",
+    "init_method_std",
+    "normalization",
+    "layernorm_epsilon",
+    "qk_layernorm",
+    "swiglu",
+    "add_bias_linear",
+    "hidden_dropout",
+    "untie_embeddings_and_output_weights",
+    "transformer_impl",
+    "bf16",
+    "use_distributed_optimizer",
+    "ckpt_format",
+]
+
+
+def describe(flags: list[str]) -> dict:
+    """What the flags mean, and the parameters of the model they describe, built without memory."""
+    sys.argv = ["pretrain_satformer.py", *flags]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
+    preview = arguments.preview_arguments()
+    # Everything but "is Transformer Engine here", which the machine of a test may answer with no.
+    engine, preview.transformer_impl = preview.transformer_impl, "local"
+    arguments.check_arguments(preview, cuda=True)
+    preview.transformer_impl = engine
+    defaults = arguments.resolve_defaults(preview, cuda=True)
+    args = parse_args(extra_args_provider=partial(arguments.add_arguments, defaults=defaults))
+    validate_args(args, {})
+    args.padded_vocab_size = VOCABULARY
+    model = build_model_config(args)
+    counted = count_parameters(model.transformer, VOCABULARY)
+    return {name: getattr(args, name) for name in REPORTED} | {
+        "counted": counted.embeddings + counted.layers,
+        "counted_value_residual": counted.value_residual,
+        "built": count_built(model),
+    }
+
+
+def count_built(model) -> int:
+    """Parameters of the real modules (local ones: Transformer Engine may be missing)."""
+    model.transformer.transformer_impl = "local"
+    model.transformer.use_cpu_initialization = True  # the path that asks for no CUDA device
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with torch.device("meta"):
+        module = SATFormerModelBuilder(model).build_model(groups, True, True)
+    padding = 0
+    for layer in module.decoder.layers:
+        rows = layer.self_attention.linear_qkv.weight.shape[0]
+        config = model.transformer
+        gates = config.num_query_groups if rows > 3 * config.hidden_size else 0
+        padding += (rows - 3 * config.hidden_size - gates) * config.hidden_size
+    return sum(parameter.numel() for parameter in module.parameters()) - padding
+
+
+if __name__ == "__main__":
+    given, results = map(Path, sys.argv[1:])
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        described = pool.map(describe, json.loads(given.read_text()), chunksize=1)
+    results.write_text(json.dumps(described))

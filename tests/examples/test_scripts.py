@@ -1,0 +1,270 @@
+"""The example scripts are valid shell, and their flags mean what the paper's tables say."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ROOT / "examples/pretrain"
+SHELL = sorted(
+    path
+    for pattern in ("examples/**/*.sh", "examples/**/*.sbatch", "tools/*.sh", ".ci/run")
+    for path in ROOT.glob(pattern)
+)
+SIZES = ["130m", "350m", "760m", "1.3b"]
+ARCHITECTURES = ["transformer", "resformer", "satformer"]
+
+# arXiv 2605.03953: parameters without and of the gates at 32000 tokens of vocabulary, peak learning
+# rate, training and warmup tokens. Four sizes.
+PUBLISHED = {
+    "130m": (128_404_096, 92_160, 2e-3, 5e9, 0.05e9),
+    "350m": (334_798_080, 278_528, 1.5e-3, 10e9, 0.1e9),
+    "760m": (766_440_320, 663_552, 1e-3, 20e9, 0.2e9),
+    "1.3b": (1_298_764_800, 1_507_328, 8e-4, 30e9, 0.3e9),
+}
+PATHS = {
+    "DATA_PATH": "0.5 a_text_document 0.5 b_text_document",
+    "TOKENIZER_MODEL": "tokenizer.model",
+    "CHECKPOINT_PATH": "checkpoints",
+    "TENSORBOARD_LOGS_PATH": "tensorboard",
+}
+
+
+def write_command(path, script):
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def bin_dir(tmp_path_factory):
+    """A PATH entry whose torchrun only prints its arguments, one a line."""
+    path = tmp_path_factory.mktemp("bin")
+    write_command(path / "torchrun", "printf '%s\\n' \"$@\"")
+    return path
+
+
+def run_script(bin_dir, script, *flags, **environment):
+    path = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
+    return subprocess.run(
+        [PRETRAIN / script, *flags],
+        env=path | PATHS | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def recorded_flags(bin_dir, size, *flags, **environment):
+    """What torchrun was asked to do: its own flags, and those of pretrain_satformer.py."""
+    result = run_script(bin_dir, f"satformer_{size}.sh", *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    program = words.index(str(ROOT / "pretrain_satformer.py"))
+    return words[:program], words[program + 1 :]
+
+
+@pytest.fixture(scope="module")
+def parsed(bin_dir, tmp_path_factory):
+    """(size, architecture) -> what the real parser makes of the script's flags."""
+    keys = [(size, architecture) for size in SIZES for architecture in ARCHITECTURES]
+    flags = [recorded_flags(bin_dir, size, ARCHITECTURE=arch)[1] for size, arch in keys]
+    flags.append(recorded_flags(bin_dir, "130m", "--micro-batch-size", "2", "--lr", "3e-3")[1])
+    given = tmp_path_factory.mktemp("flags") / "given.json"
+    given.write_text(json.dumps(flags))
+    results = given.with_name("results.json")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.examples.parse_flags", given, results],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    described = json.loads(results.read_text())
+    return dict(zip([*keys, "overridden"], described, strict=True))
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=here)
+    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert os.access(script, os.X_OK)
+
+
+def test_every_size_has_a_script():
+    assert {path.stem for path in PRETRAIN.glob("satformer_*.sh")} == {
+        f"satformer_{size}" for size in SIZES
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters(parsed, size, architecture):
+    run = parsed[size, architecture]
+    plain, gates, *_ = PUBLISHED[size]
+    assert run["counted"] == plain
+    if architecture == "transformer":
+        assert run["counted_value_residual"] == 0
+    if architecture == "satformer":
+        assert run["counted_value_residual"] == gates
+    assert run["built"] == plain + run["counted_value_residual"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_schedule(parsed, size):
+    run = parsed[size, "satformer"]
+    _, _, lr, tokens, warmup = PUBLISHED[size]
+    assert run["lr"] == lr
+    assert run["min_lr"] == pytest.approx(lr / 10)
+    assert run["train_samples"] == run["lr_decay_samples"] == tokens // run["seq_length"]
+    assert run["lr_warmup_samples"] == warmup // run["seq_length"]
+    assert run["global_batch_size"] * run["seq_length"] == 2**21
+
+
+COMMON = {
+    "seq_length": 4096,
+    "kv_channels": 64,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "lr_decay_style": "cosine",
+    "init_method_std": 0.02,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-6,
+    "qk_layernorm": True,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "untie_embeddings_and_output_weights": False,
+    "transformer_impl": "transformer_engine",
+    "bf16": True,
+    "use_distributed_optimizer": True,
+    "ckpt_format": "torch_dist",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_all_have_in_common(parsed, size, architecture):
+    run = parsed[size, architecture]
+    assert {name: run[name] for name in COMMON} == COMMON
+
+
+def test_flags_after_the_script_win(parsed):
+    assert parsed["overridden"]["micro_batch_size"] == 2
+    assert parsed["overridden"]["lr"] == 3e-3
+
+
+def test_nodes_and_gpus_come_from_the_environment(bin_dir):
+    launcher, _ = recorded_flags(
+        bin_dir, "1.3b", NNODES="4", GPUS_PER_NODE="2", MASTER_ADDR="n1", MASTER_PORT="1234"
+    )
+    options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+    assert options["--nnodes"] == "4"
+    assert options["--nproc-per-node"] == "2"
+    assert options["--rdzv-endpoint"] == "n1:1234"
+
+
+def test_a_blend_becomes_several_words(bin_dir):
+    _, flags = recorded_flags(bin_dir, "130m")
+    start = flags.index("--data-path")
+    assert flags[start + 1 : start + 5] == PATHS["DATA_PATH"].split()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_missing_path_is_named(bin_dir, name):
+    result = run_script(bin_dir, "satformer_130m.sh", **{name: ""})
+    assert result.returncode != 0
+    assert f"{name}: " in result.stderr
+
+
+WORKER = """
+import os, pathlib, signal, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+here = pathlib.Path(os.environ["PROBE"])
+ready = here / f"ready{os.environ['RANK']}"
+ready.with_suffix(".new").write_text(str(os.getpid()))
+ready.with_suffix(".new").rename(ready)
+while not told:
+    time.sleep(0.05)
+(here / f"saved{os.environ['RANK']}").touch()
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """This machine as a cluster: srun runs its command here, scontrol writes down requeues."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    write_command(bin_dir / "srun", 'shift; exec "$@"')
+    write_command(
+        bin_dir / "scontrol",
+        'case $1 in show) echo localhost ;; requeue) echo "$2" >"$PROBE/requeued" ;; esac',
+    )
+    (tmp_path / "worker.py").write_text(WORKER)
+    # torchrun's arguments as launch.sh gives them, around a worker that Megatron is not needed for.
+    write_command(
+        tmp_path / "train.sh",
+        f"exec {sys.executable} -m torch.distributed.run --nnodes $NNODES --nproc-per-node 2"
+        " --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id $SLURM_JOB_ID"
+        ' "$PROBE/worker.py" "$@"',
+    )
+    environment = {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PROBE": str(tmp_path),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": f"9{os.getpid()}",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+    }
+    job = subprocess.Popen(
+        ["bash", ROOT / "examples/slurm/pretrain.sbatch", "train.sh"],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    yield tmp_path, job
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGTERM)  # torchrun passes it on to its workers
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_time_limit_saves_and_requeues(cluster):
+    directory, job = cluster
+    wait_for(lambda: (directory / "ready0").exists() and (directory / "ready1").exists())
+    job.send_signal(signal.SIGUSR2)  # as `--signal=B:USR2` does: to the batch shell alone
+    output, _ = job.communicate(timeout=60)
+    assert (directory / "saved0").exists()
+    assert (directory / "saved1").exists()
+    assert job.returncode == 0, output
+    assert (directory / "requeued").read_text().startswith("9")
+
+
+@pytest.mark.slow
+def test_a_failure_is_not_requeued(cluster):
+    directory, job = cluster
+    wait_for(lambda: (directory / "ready0").exists())
+    os.kill(int((directory / "ready0").read_text()), signal.SIGKILL)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, output
+    assert not (directory / "requeued").exists()
