@@ -11,7 +11,6 @@ import time
 _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
 
 import json  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -75,9 +74,7 @@ OTHER_KEYS = ("local_cp_size", "hybrid_cp_group")
 SPIKE = 10.0  # times the largest loss seen
 
 
-def get_batch(
-    data_iterator: Iterator | None, vp_stage: int | None = None
-) -> dict[str, torch.Tensor | None]:
+def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]:
     """One micro-batch on this rank.
 
     Args:
@@ -158,9 +155,7 @@ def loss_func(
     if args.check_for_spiky_loss:
         machine.validate_result(
             result=loss,
-            rejection_func=partial(
-                machine.is_unexpectedly_large, threshold=SPIKE, context="loss"
-            ),
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
             message="Spiky loss",
             tolerance=0.0,
             fatal=False,
@@ -169,7 +164,7 @@ def loss_func(
     return loss, num_tokens, {"lm loss": logged}
 
 
-def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Any, Any]:
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
     """One forward pass of one pipeline chunk.
 
     Args:
@@ -194,7 +189,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def _packed_seq_params(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
+def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
     """What Transformer Engine's attention needs to keep packed documents apart."""
     if batch["cu_seqlens"] is None:
         return None
@@ -237,7 +232,8 @@ def train_valid_test_datasets_provider(
     return datasets
 
 
-train_valid_test_datasets_provider.is_distributed = True  # built on every rank that reads data
+# Megatron's sign that datasets are built on every rank that reads data.
+setattr(train_valid_test_datasets_provider, "is_distributed", True)  # noqa: B010
 
 
 def _reads_data(vp_stage: int | None) -> bool:

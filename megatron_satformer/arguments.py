@@ -5,6 +5,7 @@ changed default. Must not know: modules, process groups, data files.
 """
 
 import importlib.util
+import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -141,6 +142,7 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
     """
     _check_engine(preview, cuda)
     _check_heads(preview)
+    _check_tokenizer(preview)
     if preview.spec is not None:
         raise ValueError(
             f"spec ({' '.join(preview.spec)}) must not be given: --architecture "
@@ -184,6 +186,16 @@ def _check_heads(preview: Namespace) -> None:
         raise ValueError(
             f"num_query_groups ({preview.num_query_groups}) must come with "
             "--group-query-attention. Add it, or leave --num-query-groups out."
+        )
+
+
+def _check_tokenizer(preview: Namespace) -> None:
+    needs_file = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+    model = preview.tokenizer_model
+    if preview.tokenizer_type in needs_file and not (model and os.path.isfile(model)):
+        raise ValueError(
+            f"tokenizer_model ({model}) must be an existing file for tokenizer_type "
+            f"({preview.tokenizer_type}). Mend the path, or train one (tools/train_tokenizer.py)."
         )
 
 
@@ -265,5 +277,3 @@ def _check_stages(preview: Namespace) -> None:
             f"({preview.architecture}): a stage without layers cannot pack V1 yet. Use "
             "--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers."
         )
-
-

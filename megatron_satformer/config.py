@@ -62,7 +62,8 @@ class SATFormerConfig(TransformerConfig, ValueResidualOptions):
             # The lambdas are shared by all stages: Megatron sums the gradients of parameters
             # marked `pipeline_parallel` over stages when the config has this attribute.
             self.has_cond_embedder = True
-        if not self.scaled_output_init and self.output_layer_init_method is None:
+        given = getattr(self, "output_layer_init_method", None)
+        if given is None and not self.scaled_output_init:
             self.output_layer_init_method = init_method_normal(self.init_method_std)
         check_value_residual(
             architecture=self.architecture,

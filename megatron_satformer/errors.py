@@ -19,9 +19,11 @@ def usage_errors() -> Iterator[None]:
     AssertionError is included because that is what Megatron's own validation raises; one without a
     message is told by its source line.
     """
-    mute = contextlib.redirect_stderr(open(os.devnull, "w")) if _rank() else contextlib.nullcontext()
     try:
-        with mute:
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere if _rank() else sys.stderr),
+        ):
             yield
     except (ValueError, NotImplementedError, AssertionError, FileNotFoundError) as error:
         told = " ".join(str(error).split()) or _failed_line(error)

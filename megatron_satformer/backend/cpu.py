@@ -6,6 +6,7 @@ Each patch has one line that says which Megatron call needs it.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -138,7 +139,9 @@ def _patch_tensors() -> None:
         # Float16 optimizers sort parameters by the names of CUDA tensor types.
         if dtype is None:
             return plain_type(self).replace("torch.", "torch.cuda.")
-        return plain_type(self, str(dtype).replace("cuda.", "") if isinstance(dtype, str) else dtype)
+        return plain_type(
+            self, str(dtype).replace("cuda.", "") if isinstance(dtype, str) else dtype
+        )
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         args = tuple(CPU if isinstance(a, str) and _is_cuda(a) else a for a in args)
@@ -182,6 +185,8 @@ def _patch_megatron() -> None:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
 
     utils.compile_helpers = compile_helpers
+    # The RNG tracker warns when random numbers move the CPU's generator: here there is no other.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     torch.compiler.set_stance("force_eager")  # jit_fuser compiles for a GPU that is not there
 
     plain_init = torch.utils.data.DataLoader.__init__

@@ -59,6 +59,7 @@ class ValueResidualAttention(SelfAttention):
     # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where V is whole and
     # neither attention, RoPE nor the KV cache has seen it.
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As SelfAttention's, V blended; layer 1 keeps V as V1."""
         query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if self.makes_v1:
             # One contiguous copy feeds both layer 1's attention and the carry: a slice would

@@ -43,7 +43,7 @@ def apply_gate(logits: Tensor, gate: str, tp_group: ProcessGroup) -> Tensor:
 
 
 def _softmax_over_heads(logits: Tensor, tp_group: ProcessGroup) -> Tensor:
-    """softmax over all ng heads times ng. [s, b, ng/tp] -> [s, b, ng/tp]."""
+    """Softmax over all ng heads times ng. [s, b, ng/tp] -> [s, b, ng/tp]."""
     every = all_gather_last_dim_from_tensor_parallel_region(logits, group=tp_group)  # [s, b, ng]
     heads = logits.size(-1)
     mine = tp_group.rank() * heads

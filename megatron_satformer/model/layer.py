@@ -21,7 +21,9 @@ class ValueResidualLayer(TransformerLayer):
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] under sequence parallelism).
+            *args: as Megatron's.
             context: V1 [s, b, ng/tp, hn], None in layer 1.
+            **kwargs: as Megatron's.
 
         Returns:
             hidden_states as given, and V1 for the next layer.

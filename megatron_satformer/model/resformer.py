@@ -109,7 +109,7 @@ def attach_shared_lambdas(decoder: Any, config: SATFormerConfig, copy: int) -> N
 def _scalar(config: SATFormerConfig, size: int, init: float) -> torch.nn.Parameter:
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     full = torch.full((size,), init, dtype=config.params_dtype, device=device)
-    parameter = torch.nn.Parameter(full)
+    parameter: Any = torch.nn.Parameter(full)
     # Each rank's gradient is the sum over its own heads; see _summed_over_heads.
     parameter.average_gradients_across_tp_domain = True
     return parameter

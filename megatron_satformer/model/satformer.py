@@ -88,9 +88,9 @@ class SATFormerAttention(ValueResidualAttention):
         if self._has_bias:
             # linear_qkv has one bias for all its rows: those nobody asked for stay at their 0.
             keep = [self._has_qkv_bias, self.config.value_gate_bias, False]
-            rows = [bias.new_full((n,), float(k)) for n, k in zip(self._row_counts, keep)]
-            mask = torch.cat(rows)
-            bias.register_hook(lambda gradient: gradient * mask)
+            kept = zip(self._row_counts, keep, strict=True)
+            mask = torch.cat([bias.new_full((rows,), float(k)) for rows, k in kept])
+            bias.register_hook(lambda gradient: gradient * mask.to(gradient))
 
     @property
     def _has_qkv_bias(self) -> bool:

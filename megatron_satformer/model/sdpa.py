@@ -67,11 +67,15 @@ class ScaledDotProductAttention(torch.nn.Module):
             value: [s, b, ng/tp, hn].
             attention_mask: None for causal, else bool, broadcastable to [b, np, s, s], True where
                 attention is forbidden (Megatron's convention).
+            attn_mask_type: unused; Megatron passes it.
+            attention_bias: must be None.
+            packed_seq_params: must be None (packed documents need Transformer Engine).
 
         Returns:
             [s, b, np/tp * hn].
         """
-        assert packed_seq_params is None and attention_bias is None
+        assert packed_seq_params is None
+        assert attention_bias is None
         assert query.size(0) in (1, key.size(0)), "causal attention over a partial cache"
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, hn]
         dropout = self.dropout if self.training else 0.0

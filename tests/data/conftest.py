@@ -1,19 +1,16 @@
-import json
 import os
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_satformer.data.tokenizers import TokenizerOptions
 from megatron_satformer.data.train_tokenizer import train_tokenizer
+from tests.texts import source_texts, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-# Real text, on every machine: the documentation and code of modules of the standard library.
-MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "inspect", "locale", "typing")
 # What tokenizers get wrong: spaces, line ends, bytes, combining and rare characters, markers.
 ODD_TEXTS = (
     "  two  spaces and\ttab ",
@@ -27,17 +24,6 @@ ODD_TEXTS = (
     "\n",
     "",
 )
-
-
-def source_texts() -> list[str]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    names = [folder / f"{name}.py" for name in MODULES]
-    return [path.read_text("utf-8") for path in names if path.exists()]
-
-
-def write_lines(path: Path, records: Sequence[object]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,137 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
+from megatron_satformer.data.tokenizers import TokenizerOptions
+from megatron_satformer.data.train_tokenizer import train_tokenizer
+from tests.texts import source_texts, write_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Run:
+    """What a training run left behind."""
+
+    codes: list[int]
+    log: Path
+    tensorboard: Path
+
+    @property
+    def output(self) -> str:
+        """What the ranks printed, in rank order."""
+        return "".join(
+            Path(f"{self.log}.{rank}").read_text(errors="replace")
+            for rank in range(len(self.codes))
+        )
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """One TensorBoard curve: step -> value (float32, unrounded)."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.tensorboard), size_guidance={"scalars": 0})
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step, nats per token."""
+        return list(self.scalars("lm loss").values())
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Gradient norm of every step, before clipping."""
+        return list(self.scalars("grad-norm").values())
+
+
+class Zygote:
+    """Starts ranks without paying for their imports; see zygote.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs = 0
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(ROOT / "tests" / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+
+    def run(self, ranks: int, **job: object) -> Run:
+        """Run `argv` of pretrain_satformer.py, or `call` "module:function" with `args`."""
+        self.jobs += 1
+        log = self.folder / f"job{self.jobs}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        request = {"ranks": ranks, "log": str(log), "port": port, **job}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        codes = json.loads(self.process.stdout.readline())
+        return Run(codes, log, self.folder / f"job{self.jobs}.tensorboard")
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def on_ranks(zygote: Zygote) -> Callable[..., None]:
+    """Calls "module:function" with arguments on so many ranks; fails as they fail."""
+
+    def call(ranks: int, function: str, *args: object) -> None:
+        run = zygote.run(ranks, call=function, args=args)
+        assert run.codes == [0] * ranks, run.output[-6000:]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def pretrain(zygote: Zygote) -> Callable[..., Run]:
+    """Runs pretrain_satformer.py itself on so many ranks; `code` is what rank 0 must exit with."""
+
+    def run(ranks: int, *flags: object, code: int = 0) -> Run:
+        board = str(zygote.folder / f"job{zygote.jobs + 1}.tensorboard")
+        argv = [*map(str, flags)]
+        if code == 0:
+            argv += ["--tensorboard-dir", board, "--tensorboard-log-interval", "1"]
+        result = zygote.run(ranks, argv=argv)
+        expected = [code] * ranks
+        assert result.codes == expected, result.output[-6000:]
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Megatron's data flags for a real, tokenized corpus of about 400 documents."""
+    folder = tmp_path_factory.mktemp("dataset")
+    documents = [part for text in source_texts() for part in text.split("\n\n\n") if part]
+    corpus = write_lines(folder / "corpus.jsonl", [{"text": text} for text in documents])
+    model = str(train_tokenizer([corpus], folder / "tokenizer", 500).model)
+    tokenizer = TokenizerOptions("SentencePieceTokenizer", model)
+    preprocess(
+        PreprocessOptions((str(corpus),), str(folder / "corpus"), tokenizer, append_eod=True)
+    )
+    return [
+        *("--data-path", str(folder / "corpus_text_document"), "--split", "90,5,5"),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model),
+        *("--data-cache-path", str(folder / "cache")),
+    ]

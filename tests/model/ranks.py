@@ -1,0 +1,281 @@
+"""What tests of the model run on forked ranks (see tests/zygote.py): real modules, gloo, fp32."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_satformer.backend.device import choose_device
+from megatron_satformer.checkpoint.hf.configuration_satformer import (
+    SATFormerConfig as ExportedConfig,
+)
+from megatron_satformer.checkpoint.names import convert_to_megatron, iterate_names
+from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.builder import (
+    SATFormerModelBuilder,
+    SATFormerModelConfig,
+    layer_spec_builder,
+)
+from megatron_satformer.model.layer import ValueResidualLayer
+from megatron_satformer.model.parameters import count_parameters
+from megatron_satformer.model.reference import ReferenceConfig, ReferenceModel
+
+# Odd sizes: nothing here is a multiple of 16, so every kind of row padding occurs.
+VOCABULARY, SEQUENCE, BATCH = 54, 19, 3
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 36,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 10,
+    "ffn_hidden_size": 44,
+}
+RTOL = 1e-5  # of the largest element; fp32, and the two sides add up in different orders
+
+
+def start(tp: int = 1) -> None:
+    choose_device("cpu")
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    torch.manual_seed(1234)
+
+
+def build(options: dict[str, Any], tied: bool = True) -> Any:
+    """One whole Megatron model, every rank its tensor-parallel share."""
+    base = {
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-6,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "transformer_impl": "local",
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "tensor_model_parallel_size": torch.distributed.get_world_size(),
+    }
+    config = SATFormerConfig(**base | SHAPE | options)
+    model_config = SATFormerModelConfig(
+        transformer=config,
+        transformer_layer_spec=layer_spec_builder(ValueResidualLayer),
+        vocab_size=VOCABULARY,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=tied,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return SATFormerModelBuilder(model_config).build_model(groups, True, True)
+
+
+def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[ReferenceModel, Any]:
+    """The plain twin, its weights large enough that every path matters, and its exported config."""
+    shape = SHAPE | options
+    config = ReferenceConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["ffn_hidden_size"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_query_groups"],
+        head_dim=shape["kv_channels"],
+        architecture=shape.get("architecture", "satformer"),
+        value_gate=shape.get("value_gate", "relu"),
+        value_gate_bias=shape.get("value_gate_bias", False),
+        value_residual_last_k=shape.get("value_residual_last_k"),
+        qk_norm=shape.get("qk_layernorm", True),
+        attention_bias=shape.get("add_qkv_bias", False),
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(5)
+    model = ReferenceModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    exported = asdict(config)
+    theta = exported.pop("rope_theta")
+    exported["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    return model, ExportedConfig(**exported)
+
+
+def entries(model: Any, of: Callable[[Any], Any]) -> Iterator[tuple[str, tuple[slice, ...], Any]]:
+    """Checkpoint key, place in the whole tensor, and `of(parameter)` for all that is saved."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    for entry in model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}).values():
+        if isinstance(entry, ShardedTensorFactory):
+            built = entry.build_fn(entry.key, of(entry.data), entry.replica_id, None)
+            pieces = list(built.values()) if isinstance(built, dict) else built
+            tensors = [(piece, piece.data) for piece in pieces]
+        elif isinstance(entry, ShardedTensor):
+            tensors = [(entry, of(entry.data))]
+        else:
+            continue
+        for piece, data in tensors:
+            key, offset = piece.key, piece.global_offset
+            if piece.prepend_axis_num:  # alike layers are one tensor with a leading layer axis
+                key, offset = key.replace("layers.", f"layers.{offset[0]}."), offset[1:]
+            ends = zip(offset, data.shape, strict=True)
+            yield key, tuple(slice(start, start + n) for start, n in ends), data
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor], exported: Any) -> dict[str, torch.Tensor]:
+    """Reference tensors under their checkpoint keys."""
+    padded = VOCABULARY
+    return {
+        name.megatron: convert_to_megatron(name, tensors, exported, padded)
+        for name in iterate_names(exported)
+    }
+
+
+def load(model: Any, reference: ReferenceModel, exported: Any) -> None:
+    whole = whole_tensors(reference.state_dict(), exported)
+    loaded = set()
+    with torch.no_grad():
+        for key, place, data in entries(model, lambda parameter: parameter):
+            data.copy_(whole[key][place])
+            loaded.add(key)
+    assert loaded == set(whole)
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def mean_loss(model: Any) -> torch.Tensor:
+    inputs, labels = tokens()
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    return model(inputs, positions, None, labels=labels).mean()
+
+
+def close(name: str, got: torch.Tensor, wanted: torch.Tensor, rtol: float = RTOL) -> None:
+    worst = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)
+    assert worst <= rtol, f"{name}: {worst:.2e} of the largest element"
+
+
+def equals_reference(options: dict[str, Any], tied: bool = True) -> None:
+    """Loss, logits and every gradient of the Megatron model equal the reference's."""
+    start(_world_size())
+    model = build(options, tied)
+    reference, exported = build_reference(options, tied)
+    load(model, reference, exported)
+    inputs, labels = tokens()
+    wanted = reference(inputs, labels)
+    wanted.loss.backward()
+    got = mean_loss(model)
+    got.backward()
+    close("loss", got, wanted.loss)
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    whole = whole_tensors(gradients, exported)
+    tp = _world_size()
+    for key, place, gradient in entries(model, lambda parameter: parameter.grad):
+        replicated = gradient.shape == whole[key].shape and tp > 1
+        if replicated and key.split(".")[-2] in ("q_layernorm", "k_layernorm"):
+            torch.distributed.all_reduce(gradient)  # as finalize_model_grads does: sum over heads
+        elif replicated and "lambda" in key:
+            torch.distributed.all_reduce(gradient)
+            gradient = gradient / tp
+        close(key, gradient, whole[key][place])
+    check_padding(model)
+    nothing_left(model)
+
+
+def _world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def check_padding(model: Any) -> None:
+    """Padding rows of linear_qkv: zero weight, exactly zero gradient, multiple of 16 in all."""
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        if model.config.architecture == "satformer" and attention.mixes:
+            weight = attention.linear_qkv.weight
+            padding = attention._row_counts[2]
+            assert weight.size(0) % 16 == 0
+            if padding:
+                assert weight[-padding:].abs().max() == 0
+                assert weight.grad[-padding:].abs().max() == 0
+
+
+def nothing_left(model: Any) -> None:
+    """No V1 and no gate logits stay on a module after the call."""
+    for layer in model.decoder.layers:
+        for name in ("_v1", "_gate_logits"):
+            assert getattr(layer.self_attention, name, None) is None
+
+
+def zero_gate_is_transformer() -> None:
+    """With the gate at zero, losses and shared gradients equal the plain Transformer's."""
+    start()
+    satformer = build({"architecture": "satformer", "value_gate_init_std": 0.0})
+    transformer = build({"architecture": "transformer"})
+    for gate in (layer.self_attention for layer in satformer.decoder.layers[1:]):
+        rows = gate._row_counts
+        assert gate.linear_qkv.weight[rows[0] :].abs().max() == 0
+    shared = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in satformer.named_parameters():
+            parameter[: len(shared[name])].copy_(shared[name])
+    losses = [mean_loss(satformer), mean_loss(transformer)]
+    for loss in losses:
+        loss.backward()
+    close("loss", losses[0], losses[1], 1e-6)
+    for name, parameter in satformer.named_parameters():
+        wanted = shared[name].grad
+        close(name, parameter.grad[: len(wanted)], wanted, 1e-6)
+
+
+def counts_parameters(options: dict[str, Any], tied: bool) -> None:
+    """count_parameters equals the parameters of the built model, padding aside."""
+    start()
+    model = build(options, tied)
+    padding = sum(
+        layer.self_attention._row_counts[2] * model.config.hidden_size
+        for layer in model.decoder.layers
+        if hasattr(layer.self_attention, "_row_counts") and layer.self_attention.mixes
+    )
+    built = sum(parameter.numel() for parameter in model.parameters()) - padding
+    counted = count_parameters(model.config, VOCABULARY, tied)
+    assert counted.total == built, (counted, built)
+
+
+def gate_bias_alone() -> None:
+    """A gate bias without q/k/v biases: the shared bias vector moves in its gate rows only."""
+    start()
+    model = build({"architecture": "satformer", "value_gate_bias": True})
+    mean_loss(model).backward()
+    for layer in model.decoder.layers[1:]:
+        attention = layer.self_attention
+        qkv, gate, _ = attention.linear_qkv.bias.grad.split(attention._row_counts)
+        assert qkv.abs().max() == 0
+        assert gate.abs().max() > 0
+    keys = [key for key, _, _ in entries(model, lambda parameter: parameter)]
+    assert not any("linear_qkv.bias" in key for key in keys)
+    assert sum("value_gate.bias" in key for key in keys) == 3
+
+
+def recompute_equals_plain(options: dict[str, Any]) -> None:
+    """Full recompute gives bit-equal losses and gradients."""
+    start()
+    results = []
+    for recompute in ({}, options):
+        torch.manual_seed(9)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+        model = build({"architecture": "satformer"} | recompute)
+        loss = mean_loss(model)
+        loss.backward()
+        results.append([loss] + [parameter.grad for parameter in model.parameters()])
+        nothing_left(model)
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)

@@ -1,0 +1,69 @@
+"""A process that has imported torch and Megatron once and forks the ranks of every test.
+
+Reads one JSON job per line from stdin, {"ranks", "call" or "argv", "log", "port"}, and answers each
+with one line, the list of exit codes. Computes nothing itself, so that forking stays safe.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+
+# The slow imports, once.
+import transformers.configuration_utils  # noqa: F401
+from megatron.training.global_vars import get_tensorboard_writer
+
+import pretrain_satformer
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        children = [_fork(rank, job) for rank in range(job["ranks"])]
+        codes = dict.fromkeys(children)
+        while None in codes.values():
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        print(json.dumps([codes[pid] for pid in children]), flush=True)
+
+
+def _fork(rank: int, job: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(job["ranks"]),
+        "LOCAL_WORLD_SIZE": str(job["ranks"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(job["port"]),
+    }
+    try:
+        if "argv" in job:
+            sys.argv = ["pretrain_satformer.py", *job["argv"]]
+            pretrain_satformer.main()
+        else:
+            module, function = job["call"].split(":")
+            getattr(importlib.import_module(module), function)(*job["args"])
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # tearing down a process this large takes two seconds
+
+
+if __name__ == "__main__":
+    _serve()
