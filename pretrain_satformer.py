@@ -64,7 +64,7 @@ from megatron_satformer.model.builder import (  # noqa: E402
     SATFormerModelConfig,
     layer_spec_builder,
 )
-from megatron_satformer.parallel.carry import StageLayer  # noqa: E402
+from megatron_satformer.parallel.carry import StageLayer, check_stages  # noqa: E402
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator  # noqa: E402
 from megatron_satformer.report import describe_run  # noqa: E402
 
@@ -326,6 +326,7 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )
         model = build_model_config(args)
+        check_stages(model.transformer)
         if args.rank == 0:
             check_data(args)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
@@ -357,4 +358,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Megatron's first save starts a helper process by spawn, which would import this script again,
+    # on every rank (8 s, 560 MB), had it a file.
+    del __file__
     main()

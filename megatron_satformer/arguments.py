@@ -143,6 +143,7 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
     _check_engine(preview, cuda)
     _check_heads(preview)
     _check_tokenizer(preview)
+    _check_task(preview)
     if preview.spec is not None:
         raise ValueError(
             f"spec ({' '.join(preview.spec)}) must not be given: --architecture "
@@ -189,6 +190,19 @@ def _check_heads(preview: Namespace) -> None:
         )
 
 
+def _check_task(preview: Namespace) -> None:
+    tasks = (
+        *("sft", "fim_data", "perform_rl_step", "logits_load_dir", "logits_save_dir"),
+        "hybrid_context_parallel",
+    )
+    for option in tasks:
+        if getattr(preview, option):
+            raise NotImplementedError(
+                f"{option} ({getattr(preview, option)}) is not supported: pretrain_satformer.py "
+                "trains on plain text from the start of each sample to its end. Leave it out."
+            )
+
+
 def _check_tokenizer(preview: Namespace) -> None:
     needs_file = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
     model = preview.tokenizer_model
@@ -222,6 +236,7 @@ def _check_value_residual(preview: Namespace) -> None:
         "use_torch_fsdp2": "its sharding does not know the fused gate rows",
         "qk_clip": "it rescales rows of linear_qkv by position, and gate rows are among them",
         "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
+        "pipeline_model_parallel_layout": "a stage without layers cannot pack V1 yet",
         "overlap_moe_expert_parallel_comm": "it replaces the layer's forward",
     }
     for option, reason in reasons.items():
@@ -247,7 +262,6 @@ def _check_value_residual(preview: Namespace) -> None:
             f"ckpt_format ({preview.ckpt_format}) is not supported with architecture "
             f"({preview.architecture}): only torch_dist stores gates apart. Leave it out."
         )
-    _check_stages(preview)
 
 
 def _check_groups_and_range(preview: Namespace) -> None:
@@ -259,21 +273,3 @@ def _check_groups_and_range(preview: Namespace) -> None:
         groups=groups or preview.num_attention_heads or 0,
         tp=preview.tensor_model_parallel_size,
     )
-
-
-def _check_stages(preview: Namespace) -> None:
-    empty = [
-        name
-        for name in (
-            "pipeline_model_parallel_layout",
-            "account_for_embedding_in_pipeline_split",
-            "account_for_loss_in_pipeline_split",
-        )
-        if getattr(preview, name, None)
-    ]
-    if empty:
-        raise NotImplementedError(
-            f"{empty[0]} ({getattr(preview, empty[0])}) is not supported with architecture "
-            f"({preview.architecture}): a stage without layers cannot pack V1 yet. Use "
-            "--decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers."
-        )

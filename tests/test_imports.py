@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
+    "benchmark": {"arguments", "backend", "config", "model"},
     "model": {"config"},
     "parallel": {"config", "model"},
     "data": set(),

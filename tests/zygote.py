@@ -6,6 +6,7 @@ with one line, the list of exit codes. Computes nothing itself, so that forking 
 
 import importlib
 import json
+import multiprocessing.util
 import os
 import sys
 import traceback
@@ -62,8 +63,10 @@ def _fork(rank: int, job: dict) -> int:
         writer.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    multiprocessing.util._exit_function()  # ends what Megatron's save has started
     os._exit(code)  # tearing down a process this large takes two seconds
 
 
 if __name__ == "__main__":
+    del __file__  # or every save would import this script again, in a helper process
     _serve()

@@ -64,10 +64,8 @@ class _Properties:
     major = 10
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
 def _constant(value: Any) -> Callable[..., Any]:
+    # A new function each time: torch.compile refuses one object under two names.
     return lambda *args, **kwargs: value
 
 
@@ -77,9 +75,9 @@ def _patch_cuda_module() -> None:
         "is_available": _constant(True),  # initialize_megatron asserts it
         "device_count": _constant(1),  # _initialize_distributed skips model parallel at 0
         "current_device": _constant(CPU),  # device= of every buffer Megatron allocates
-        "set_device": _nothing,  # _initialize_distributed
-        "synchronize": _nothing,  # timers, batched p2p
-        "empty_cache": _nothing,  # evaluate_and_print_results, checkpointing
+        "set_device": _constant(None),  # _initialize_distributed
+        "synchronize": _constant(None),  # timers, batched p2p
+        "empty_cache": _constant(None),  # evaluate_and_print_results, checkpointing
         "Stream": _Stream,  # DDP construction, overlapped communication
         "Event": _Stream,  # distributed optimizer, straggler timer
         "current_stream": _constant(_Stream()),  # DDP construction
@@ -90,7 +88,6 @@ def _patch_cuda_module() -> None:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),  # RNG tracker, checkpointing
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),  # same
         "manual_seed": torch.manual_seed,  # model_parallel_cuda_manual_seed
-        "initial_seed": torch.initial_seed,  # RNG tracker
         "is_initialized": _constant(True),  # RNG tracker
         "default_generators": {CPU: torch.default_generator},  # RNG tracker
         "memory_allocated": _constant(0),  # report_memory, log_memory
@@ -98,7 +95,6 @@ def _patch_cuda_module() -> None:
         "memory_reserved": _constant(0),  # report_memory
         "max_memory_reserved": _constant(0),  # report_memory
         "device_memory_used": _constant(0),  # report_memory
-        "reset_peak_memory_stats": _nothing,  # training_log
         "memory_stats": _constant({}),  # log_memory_to_tensorboard
         "is_current_stream_capturing": _constant(False),  # optimizer steps, CUDA graphs
     }
@@ -106,7 +102,8 @@ def _patch_cuda_module() -> None:
         setattr(cuda, name, value)
     torch.accelerator.current_accelerator = _constant(None)  # Adam's graph capture check
     cuda.random.get_rng_state = replacements["get_rng_state"]  # RNG tracker
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing  # nvtx_range_push in every layer
+    cuda.nvtx.range_push = _constant(None)  # nvtx_range_push in every layer
+    cuda.nvtx.range_pop = _constant(None)  # same
 
 
 def _patch_factories() -> None:

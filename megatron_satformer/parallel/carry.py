@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
@@ -64,6 +65,39 @@ def unpack(packed: Tensor, config: SATFormerConfig) -> tuple[Tensor, Tensor]:
     groups = config.num_query_groups // config.tensor_model_parallel_size
     v1 = flat.reshape(-1, packed.size(1), groups, config.kv_channels)
     return hidden_states.contiguous(), v1.contiguous()
+
+
+def check_stages(config: SATFormerConfig) -> None:
+    """Refuse pipeline stages that could not carry V1.
+
+    Args:
+        config: the model; no process group is needed.
+
+    Raises:
+        NotImplementedError: a stage without layers, or a ResFormer rank without a layer that mixes.
+    """
+    if config.architecture == "transformer" or config.pipeline_model_parallel_layout is not None:
+        return
+    virtual = config.virtual_pipeline_model_parallel_size
+    for rank in range(config.pipeline_model_parallel_size):
+        held: list[int] = []
+        for stage in [None] if virtual is None else range(virtual):
+            count = get_num_layers_to_build(config, stage, rank)
+            first = get_transformer_layer_offset(config, stage, rank) + 1
+            held += range(first, first + count)
+            if count < 1:
+                raise NotImplementedError(
+                    f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}) leaves "
+                    f"pipeline rank {rank} a stage without layers, which cannot pack V1 yet. Give "
+                    f"every stage one of the num_layers ({config.num_layers})."
+                )
+        if config.architecture == "resformer" and not any(map(config.mixes, held)):
+            raise NotImplementedError(
+                f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}) leaves "
+                f"pipeline rank {rank} layers {held} of resformer, none of which mixes V1: its "
+                "share of the common lambdas' gradient would be missing. Use fewer stages, or a "
+                "larger --value-residual-last-k."
+            )
 
 
 class StageLayer(ValueResidualLayer):

@@ -88,6 +88,7 @@ def test_equation_written_out():
                 assert abs(float(mixed[0, t, g, d]) - expected) < 1e-5
 
 
+@torch.no_grad()
 def test_resformer_equation():
     model = build(architecture="resformer", value_residual_last_k=2)
     lambdas = model.model.value_residual

@@ -1,0 +1,1 @@
+"""Moves models between Megatron checkpoints and Hugging Face folders; must not know training."""

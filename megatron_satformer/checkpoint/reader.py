@@ -1,0 +1,210 @@
+"""Reads `torch_dist` checkpoints of Megatron on one CPU process, without any process group.
+
+Whatever layout saved it, a checkpoint holds whole tensors in pieces; torch's checkpoint reader puts
+them together. Only what is asked for is read: the optimizer's state stays on disk. Must not know:
+what the tensors mean.
+"""
+
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    FileSystemReader,
+    LoadPlan,
+    Metadata,
+    TensorStorageMetadata,
+    load,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STEP_FOLDER = "iter_{step:07d}"
+# keys of the model: everything else (optimizer, random state, scheduler, common state) has others
+MODEL_KEY = re.compile(r"(embedding|decoder|output_layer)\.(?!.*(_extra_state|optimizer))")
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint:
+    """One saved step, opened for reading.
+
+    Attributes:
+        folder: The step's own folder.
+        step: Training iterations done.
+        args: The command line that trained it, under Megatron's names.
+        tensors: Key -> shape and dtype, for the tensors of the model alone.
+        metadata: Of torch's checkpoint format: where every piece lies.
+    """
+
+    folder: Path
+    step: int
+    args: Namespace
+    tensors: Mapping[str, TensorStorageMetadata]
+    metadata: Metadata = field(repr=False)
+
+    def read(self, key: str, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Reads one tensor.
+
+        Args:
+            key: One of `tensors`.
+            index: Of the first axis: read this slice alone and drop the axis.
+            dtype: To convert to while reading; None keeps the checkpoint's.
+
+        Returns:
+            The whole tensor, or the slice, on the CPU.
+        """
+        stored = self.tensors[key]
+        offsets, sizes = [0] * len(stored.size), list(stored.size)
+        if index is not None:
+            offsets[0], sizes[0] = index, 1
+        buffer = torch.empty(sizes, dtype=dtype or stored.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        with warnings.catch_warnings():
+            # torch says that it reads on a single process, which is the intent
+            warnings.simplefilter("ignore")
+            load(
+                {key: buffer},
+                storage_reader=_KnownMetadataReader(self.folder, self.metadata),
+                planner=_ChunkPlanner(chunk),
+                no_dist=True,
+            )
+        return buffer if index is None else buffer.squeeze(0)
+
+    def check_files(self) -> None:
+        """Looks whether every file that holds a piece of the model is there and long enough.
+
+        Raises:
+            ValueError: Names the file that is not.
+        """
+        for where, info in self.metadata.storage_data.items():
+            file = self.folder / info.relative_path
+            if where.fqn in self.tensors and not file.is_file():
+                raise ValueError(f"{file} is missing: it holds part of {where.fqn}.")
+            if where.fqn in self.tensors and file.stat().st_size < info.offset + info.length:
+                raise ValueError(
+                    f"{file} is cut short: {file.stat().st_size} bytes, and part of {where.fqn} "
+                    f"ends at {info.offset + info.length}."
+                )
+
+
+class _KnownMetadataReader(FileSystemReader):
+    """Does not read the list of all pieces, optimizer included, once more for every tensor."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns what was read at the start."""
+        return self.metadata
+
+
+class _ChunkPlanner(DefaultLoadPlanner):
+    """Reads one box of each tensor into a buffer of the box's size, in the buffer's dtype."""
+
+    def __init__(self, chunk: ChunkStorageMetadata) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def create_local_plan(self) -> LoadPlan:
+        """Reads, for every stored piece that overlaps the box, the overlap."""
+        items = []
+        assert self.metadata is not None
+        for key in self.state_dict:
+            stored = self.metadata.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(key, stored, [self.chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Returns the buffer itself; torch narrows it to the piece."""
+        return self.state_dict[index.fqn]
+
+
+def find_step_folder(load_dir: Path, step: int | None) -> Path:
+    """Finds a step's folder.
+
+    Args:
+        load_dir: What `--save` of the training run named, or a step's own folder.
+        step: Iterations; None for the last one saved.
+
+    Raises:
+        ValueError: If there is no such checkpoint; says which there are.
+    """
+    if not load_dir.is_dir():
+        raise ValueError(f"load ({load_dir}) must be a folder of checkpoints, and there is none.")
+    if (load_dir / ".metadata").is_file():
+        if step is not None and STEP_FOLDER.format(step=step) != load_dir.name:
+            raise ValueError(
+                f"step ({step}) must not be given with one step's folder ({load_dir})."
+            )
+        return load_dir
+    steps = sorted(int(f.name[5:]) for f in load_dir.glob("iter_*") if f.name[5:].isdigit())
+    if step is None:
+        tracker = load_dir / TRACKER
+        if not tracker.is_file():
+            raise ValueError(
+                f"load ({load_dir}) has no {TRACKER}: no save was completed there. "
+                f"Steps found: {steps or 'none'}."
+            )
+        latest = tracker.read_text().strip()
+        if latest == "release":
+            return load_dir / "release"
+        if not latest.isdigit():
+            raise ValueError(f"{tracker} must hold a number, not {latest!r}.")
+        step = int(latest)
+    folder = load_dir / STEP_FOLDER.format(step=step)
+    if not folder.is_dir():
+        raise ValueError(f"step ({step}) must be one of those in {load_dir}: {steps or 'none'}.")
+    return folder
+
+
+def open_checkpoint(load_dir: Path, step: int | None = None) -> MegatronCheckpoint:
+    """Opens a checkpoint and reads its options and its list of tensors.
+
+    Args:
+        load_dir: What `--save` of the training run named, or a step's own folder.
+        step: Iterations; None for the last one saved.
+
+    Raises:
+        ValueError: If there is none, it is not complete, or not of format torch_dist.
+    """
+    folder = find_step_folder(load_dir, step)
+    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+        raise ValueError(
+            f"{folder} is not a complete checkpoint of format torch_dist: its .metadata or "
+            "metadata.json is missing. Save with --ckpt-format torch_dist, or use another step."
+        )
+    common = _read_common_state(folder)
+    metadata = FileSystemReader(folder).read_metadata()
+    tensors = {
+        key: stored
+        for key, stored in metadata.state_dict_metadata.items()
+        if MODEL_KEY.match(key) and isinstance(stored, TensorStorageMetadata)
+    }
+    if "args" not in common:
+        raise ValueError(f"{folder} holds no args: it was not saved by a training run.")
+    return MegatronCheckpoint(folder, common.get("iteration", 0), common["args"], tensors, metadata)
+
+
+def _read_common_state(folder: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # Megatron's optional parts that are not installed, and torch's single process
+        warnings.simplefilter("ignore")
+        from megatron.core.dist_checkpointing import load_common_state_dict
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            return load_common_state_dict(str(folder))
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise ValueError(f"{folder} cannot be read: {' '.join(reason)}") from error

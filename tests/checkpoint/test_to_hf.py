@@ -1,0 +1,286 @@
+"""to-hf on checkpoints of known weights: exact, whole or not at all, clear about what is wrong."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.reader import open_checkpoint
+from megatron_satformer.checkpoint.to_hf import export_to_hf
+
+
+def load_beside(name: str):
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+checkpoints = load_beside("checkpoints")
+write_model = load_beside("test_tokenizer").write_model
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CASES = [
+    ({"architecture": "transformer"}, True),
+    ({"architecture": "transformer", "qk_norm": False, "attention_bias": True}, False),
+    ({"architecture": "resformer", "value_residual_last_k": 1}, False),
+    ({"architecture": "satformer"}, False),
+    ({"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False}, False),
+    ({"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 5e5}, False),
+]
+
+
+@pytest.mark.parametrize(("options", "stacked"), CASES, ids=str)
+def test_exact(options, stacked, tmp_path):
+    model = checkpoints.build_reference(**options)
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, stacked=stacked)
+    made = export_to_hf(load, tmp_path / "hf")
+    exported = SATFormerForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    state = model.state_dict()
+    assert set(state) == set(exported.state_dict())
+    for key, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+    ids = torch.randint(60, (2, 17))
+    torch.testing.assert_close(exported(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (made.step, made.dtype) == (20, "fp32")
+    assert made.parameters == sum(p.numel() for p in model.parameters())
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert ("lm_head.weight" in file.keys()) == (not model.config.tie_word_embeddings)  # noqa: SIM118
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["SATFormerForCausalLM"]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["eos_token_id"] == 59
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "20 steps on 10,240 tokens" in card
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_dtype_and_shards(dtype, tmp_path):
+    model = checkpoints.build_reference(architecture="resformer")
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model)
+    made = export_to_hf(load, tmp_path / "hf", dtype=dtype, max_shard_size="8KB")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    exported = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert exported.dtype == wanted
+    stored = 0
+    for key, tensor in exported.state_dict().items():
+        kept = torch.float32 if "lambda" in key else wanted
+        assert tensor.dtype == kept, key
+        assert torch.equal(tensor, model.state_dict()[key].to(kept)), key
+        stored += tensor.nbytes * (key != "lm_head.weight")
+    assert index["metadata"]["total_size"] == stored
+    assert made.bytes > stored
+    assert {oct(f.stat().st_mode & 0o044) for f in (tmp_path / "hf").iterdir()} == {"0o44"}
+
+
+def test_steps(tmp_path):
+    first, second = (checkpoints.build_reference(value_gate=gate) for gate in ("relu", "tanh"))
+    checkpoints.write_checkpoint(tmp_path, first, step=10)
+    checkpoints.write_checkpoint(tmp_path, second, step=20)
+    assert open_checkpoint(tmp_path).args.value_gate == "tanh"
+    assert open_checkpoint(tmp_path, 10).args.value_gate == "relu"
+    assert open_checkpoint(tmp_path / "iter_0000010").step == 10
+    with pytest.raises(ValueError, match=r"step \(15\).*\[10, 20\]"):
+        open_checkpoint(tmp_path, 15)
+    with pytest.raises(ValueError, match="one step's folder"):
+        open_checkpoint(tmp_path / "iter_0000010", 20)
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(ValueError, match="no save was completed"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "iter_0000020" / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="torch_dist"):
+        open_checkpoint(tmp_path, 20)
+    with pytest.raises(ValueError, match="there is none"):
+        open_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalization": "LayerNorm"}, r"normalization \(LayerNorm\) must be RMSNorm"),
+        ({"swiglu": False}, "swiglu"),
+        ({"add_bias_linear": True}, "add_bias_linear"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type"),
+        ({"rotary_percent": 0.5}, "rotary_percent"),
+        ({"rotary_interleaved": True}, "rotary_interleaved"),
+        ({"use_rope_scaling": True}, "use_rope_scaling"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"ffn_hidden_size": 48}, r"linear_fc1.weight is \(80, 24\), not \(96, 24\)"),
+        ({"architecture": "transformer"}, "value_gate.weight is not known"),
+        ({"value_gate_bias": True}, "value_gate.bias is missing"),
+        ({"tokenizer_type": "TikTokenizer"}, "tokenizer_type"),
+        ({"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}, "gone"),
+    ],
+)
+def test_refused(changes, words, tmp_path):
+    model = checkpoints.build_reference()
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, **changes)
+    with pytest.raises(ValueError, match=words):
+        export_to_hf(load, tmp_path / "hf")
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_missing_and_unknown_keys_are_named(tmp_path):
+    model = checkpoints.build_reference()
+    gone, new = "decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.1.mlp.linear_fc2.bias"
+    load = checkpoints.write_checkpoint(
+        tmp_path / "ckpt", model, drop=gone, extra={new: torch.zeros(24)}
+    )
+    with pytest.raises(ValueError, match=f"{gone} is missing; {new} is not known"):
+        export_to_hf(load, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("damage", ["missing", "a weight cut", "all but a little cut"])
+def test_damaged_files_are_named(damage, tmp_path):
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", checkpoints.build_reference())
+    (file,) = (load / "iter_0000020").glob("*.distcp")
+    checkpoint = open_checkpoint(load)
+    pieces = checkpoint.metadata.storage_data.items()
+    ends = [i.offset + i.length for where, i in pieces if where.fqn in checkpoint.tensors]
+    if damage == "missing":
+        file.unlink()
+    else:
+        with file.open("r+b") as stream:
+            stream.truncate(max(ends) - 10 if damage == "a weight cut" else 100)
+    with pytest.raises(ValueError, match=r"cut short" if "weight" in damage else str(load)):
+        export_to_hf(load, tmp_path / "hf")
+
+
+def test_overwrite(tmp_path):
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", checkpoints.build_reference())
+    export_to_hf(load, tmp_path / "hf")
+    with pytest.raises(ValueError, match="--overwrite"):
+        export_to_hf(load, tmp_path / "hf")
+    (tmp_path / "hf" / "stale").touch()
+    export_to_hf(load, tmp_path / "hf", dtype="bf16", overwrite=True)
+    assert not (tmp_path / "hf" / "stale").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
+    with pytest.raises(ValueError, match="not an exported model"):
+        export_to_hf(load, other, overwrite=True)
+    assert (other / "precious").exists()
+    bad = checkpoints.write_checkpoint(
+        tmp_path / "bad", checkpoints.build_reference(), normalization="LayerNorm"
+    )
+    with pytest.raises(ValueError, match="normalization"):
+        export_to_hf(bad, tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert {f.name for f in tmp_path.iterdir()} == {"ckpt", "hf", "other", "bad"}
+
+
+USE_ALONE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, model_file, case = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+processor = SentencePieceProcessor(model_file=model_file)
+for text in ("To be, or\\n\\nnot  to </s> be", "  x", "", "caf\\u00e9 \\U0001f600"):
+    assert tokenizer(text).input_ids == processor.encode(text), text
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+case = torch.load(case)
+torch.testing.assert_close(model(case["ids"]).logits, case["logits"], rtol=1e-5, atol=1e-5)
+assert model.generation_config.eos_token_id == 2
+batch = tokenizer(["the", "and to be is it"], padding=True, return_tensors="pt")
+assert batch.attention_mask[0, 0] == 0, "pads on the left"
+options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+both = model.generate(**batch, **options)[:, -16:]
+alone = model.generate(**tokenizer("the", return_tensors="pt"), **options)[:, -16:]
+assert torch.equal(both[:1], alone)
+assert not {name.split(".")[0] for name in sys.modules} & {"megatron_satformer", "megatron"}
+"""
+
+
+def test_folder_works_alone(tmp_path):
+    """A copy of the folder, a fresh process, no import of this package or of Megatron."""
+    spm = write_model(tmp_path / "a.model")
+    model = checkpoints.build_reference(vocab_size=400)
+    checkpoints.VOCABULARY, checkpoints.PADDED, before = 400, 512, (60, 128)
+    try:
+        load = checkpoints.write_checkpoint(
+            tmp_path / "ckpt",
+            model,
+            tokenizer_type="SentencePieceTokenizer",
+            tokenizer_model=str(spm),
+        )
+    finally:
+        checkpoints.VOCABULARY, checkpoints.PADDED = before
+    export_to_hf(load, tmp_path / "hf")
+    shutil.move(tmp_path / "hf", tmp_path / "elsewhere")
+    ids = torch.randint(400, (2, 17))
+    torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "case.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", USE_ALONE, tmp_path / "elsewhere", spm, tmp_path / "case.pt"],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    generate = load_tool("generate")
+    flags = ["--load", str(tmp_path / "elsewhere"), "--prompt", "the", "--max-new-tokens", "4"]
+    code, out, _ = run_tool(generate, [*flags, "--num-samples", "2"])
+    assert code == 0
+    assert out.count("--- sample") == 2
+    assert run_tool(generate, [*flags, "--num-samples", "2"])[1] == out
+
+
+def load_tool(name: str):
+    path = ROOT / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(tool, flags: list[str]) -> tuple[int, str, str]:
+    """Runs a tool's main here and now, and returns exit code, stdout and stderr."""
+    import contextlib
+    import io
+    import signal
+
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(15)
+    sys.argv = ["tool", *flags]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            tool.run_tool(tool.main)
+    except SystemExit as leaving:
+        return int(leaving.code or 0), out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = argv
+        signal.signal(15, handler)
+    return 0, out.getvalue(), err.getvalue()
+
+
+def test_command_line(tmp_path):
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", checkpoints.build_reference())
+    tool = load_tool("convert_checkpoint")
+    flags = ["to-hf", "--load", str(load), "--save", str(tmp_path / "hf"), "--dtype", "bf16"]
+    code, out, _ = run_tool(tool, flags)
+    assert code == 0
+    assert "step 20" in out
+    assert "bf16" in out
+    code, out, err = run_tool(tool, flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    code, _, err = run_tool(tool, ["to-hf", "--load", str(load)])
+    assert code == 2
+    assert err.count("\n") == 1

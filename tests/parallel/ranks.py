@@ -1,0 +1,29 @@
+"""What tests of the stage boundary run on forked ranks (see tests/zygote.py)."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_satformer.backend.device import choose_device
+from megatron_satformer.parallel.p2p import CarryP2PCommunicator
+from tests.parallel.test_carry import build_config
+
+
+def sends_and_receives(options: dict) -> None:
+    """What one stage packs is what the next receives; the gradient returns as wide."""
+    choose_device("cpu")
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    config = build_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **options)
+    width = 24 + (0 if config.architecture == "transformer" else 12)
+    packed = torch.arange(5.0 * 3 * width).view(5, 3, width)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    communicator = CarryP2PCommunicator(groups.pp, config)
+    shape = (5, 3, 24)  # what Megatron's schedules ask for
+    if groups.pp.rank() == 0:
+        communicator.send_forward(packed, is_last_stage=False)
+        assert torch.equal(communicator.recv_backward(shape, is_last_stage=False), 2 * packed)
+    else:
+        received = communicator.recv_forward(shape, is_first_stage=False)
+        assert torch.equal(received, packed)
+        communicator.send_backward(2 * received.detach(), is_first_stage=False)
