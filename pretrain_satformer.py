@@ -11,8 +11,12 @@ import time
 _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
 
 import json  # noqa: E402
+import warnings  # noqa: E402
 from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
+
+# Megatron tells a dozen times per rank what is not installed; the report at start says it once.
+warnings.filterwarnings("ignore", "(?i).*(apex|transformer.engine)", UserWarning)
 
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402

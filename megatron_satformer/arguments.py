@@ -56,8 +56,18 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"
         group.add_argument(flag, dest=dest, action=action, help=text)
+    _mend_help(parser)
     parser.set_defaults(**FAMILY_DEFAULTS | {"transformer_impl": None} | (defaults or {}))
     return parser
+
+
+def _mend_help(parser: ArgumentParser) -> None:
+    # Some of Megatron's help texts (0.19.2) hold a bare "%", and --help would die on it.
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def preview_arguments() -> Namespace:

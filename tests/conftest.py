@@ -106,11 +106,11 @@ def on_ranks(zygote: Zygote) -> Callable[..., None]:
 def pretrain(zygote: Zygote) -> Callable[..., Run]:
     """Runs pretrain_satformer.py itself on so many ranks; `code` is what rank 0 must exit with."""
 
-    def run(ranks: int, *flags: object, code: int = 0) -> Run:
-        board = str(zygote.folder / f"job{zygote.jobs + 1}.tensorboard")
+    def run(ranks: int, *flags: object, code: int = 0, board: bool = True) -> Run:
+        folder = str(zygote.folder / f"job{zygote.jobs + 1}.tensorboard")
         argv = [*map(str, flags)]
-        if code == 0:
-            argv += ["--tensorboard-dir", board, "--tensorboard-log-interval", "1"]
+        if code == 0 and board:
+            argv += ["--tensorboard-dir", folder, "--tensorboard-log-interval", "1"]
         result = zygote.run(ranks, argv=argv)
         expected = [code] * ranks
         assert result.codes == expected, result.output[-6000:]

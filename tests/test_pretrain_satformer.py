@@ -82,6 +82,17 @@ def test_report_and_validation(pretrain, data_flags):
     assert set(run.scalars("lm loss validation")) == {1, 2}
 
 
+def test_help_has_our_flags_in_one_group(pretrain):
+    shown = pretrain(1, "--help", code=0, board=False).output
+    group = shown[shown.index("\nsatformer:") :]
+    group = group[: group.index("\n\n", group.index("--device"))]
+    for flag in (
+        *("--architecture", "--value-gate", "--value-gate-bias", "--value-gate-init-std"),
+        *("--value-residual-last-k", "--scaled-output-init", "--device", "--no-swiglu"),
+    ):
+        assert flag in group
+
+
 BAD_FLAGS = {
     "--num-query-groups 6": "num_query_groups (6) must come with --group-query-attention",
     "--value-gate cube": "argument --value-gate: invalid choice: 'cube'",
