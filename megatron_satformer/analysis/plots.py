@@ -1,0 +1,165 @@
+"""Pictures of a run: the loss curves and the gates.
+
+python -m megatron_satformer.analysis.plots --tensorboard-dir DIR --gates gates.json
+    --save FOLDER
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from megatron_satformer.analysis.losses import Losses, read_losses
+
+DOTS_PER_INCH = 120
+TRAIN_COLOR, VALID_COLOR, LINE_COLOR = "#8fb3d9", "#b5402a", "#666666"
+
+
+def plot_losses(
+    path: Path,
+    losses: Losses,
+    unigram_entropy: float | None = None,
+    tokens_per_step: int | None = None,
+) -> None:
+    """Draws loss over steps, training and validation.
+
+    Args:
+        path: PNG file to write.
+        losses: Nats per token.
+        unigram_entropy: Nats per token, drawn as a line to compare with.
+        tokens_per_step: For a second axis on top, in tokens.
+
+    Raises:
+        ValueError: If there is no training step to draw.
+    """
+    if not losses.train:
+        raise ValueError("losses must have a training step; the event files and the log have none.")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(*_points(losses.train), color=TRAIN_COLOR, linewidth=1.2, label="training")
+    if losses.valid:
+        steps, values = _points(losses.valid)
+        axes.plot(steps, values, color=VALID_COLOR, marker="o", markersize=5, label="validation")
+        axes.annotate(
+            f"{values[-1]:.2f}",
+            (steps[-1], values[-1]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color=VALID_COLOR,
+        )
+    if unigram_entropy is not None:
+        axes.axhline(
+            unigram_entropy,
+            color=LINE_COLOR,
+            linestyle="--",
+            linewidth=1,
+            label=f"unigram entropy of the validation text, {unigram_entropy:.2f}",
+        )
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cross entropy (nats per token)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if tokens_per_step is not None:
+        thousand = tokens_per_step / 1e3
+        top = axes.secondary_xaxis(
+            "top", functions=(lambda x: x * thousand, lambda x: x / thousand)
+        )
+        top.set_xlabel("training tokens (thousands)")
+    _save(figure, path)
+
+
+def plot_gates(path: Path, report: dict[str, Any]) -> None:
+    """Draws two heat maps over layers and KV heads: mean alpha, and share of exact zeros.
+
+    Args:
+        path: PNG file to write.
+        report: A GateReport as a dict (see `analysis.gates`).
+    """
+    layers, mean, zeros = report["layers"], np.array(report["mean"]), np.array(report["zeros"])
+    heads = mean.shape[1]
+    size = (4.6 + 1.1 * heads, 1.9 + 0.42 * len(layers))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    figure.suptitle(
+        f"Value gates ({report['value_gate']}) on {report['tokens']:,} tokens of held-out text",
+        fontsize=11,
+    )
+    low, high = min(0.0, mean.min()), max(mean.max(), 1e-6)
+    _heat_map(left, mean, layers, "mean gate, alpha", "alpha", "viridis", (low, high), "{:.2f}")
+    _heat_map(
+        right,
+        100 * zeros,
+        layers,
+        "gates that are exactly 0",
+        "share of tokens (%)",
+        "magma",
+        (0.0, 100.0),
+        "{:.0f}",
+    )
+    _save(figure, path)
+
+
+def _heat_map(
+    axes: Any,
+    values: np.ndarray,
+    layers: list[int],
+    title: str,
+    unit: str,
+    colors: str,
+    limits: tuple[float, float],
+    number: str,
+) -> None:
+    image = axes.imshow(values, aspect="auto", cmap=colors, vmin=limits[0], vmax=limits[1])
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(range(values.shape[1]), labels=[str(n + 1) for n in range(values.shape[1])])
+    axes.set_yticks(range(len(layers)), labels=[str(layer) for layer in layers])
+    axes.figure.colorbar(image, ax=axes, label=unit)
+    if values.size > 400:
+        return
+    middle = (limits[0] + limits[1]) / 2
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if value < middle else "black"
+        label = number.format(value)
+        axes.text(column, row, label, ha="center", va="center", color=color, fontsize=8)
+
+
+def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
+    steps = sorted(curve)
+    return steps, [curve[step] for step in steps]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Parses the flags and draws loss.png and gates.png."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="As in training.")
+    parser.add_argument("--log", type=Path, help="What the run printed, for steps it lost.")
+    parser.add_argument("--gates", type=Path, help="From megatron_satformer.analysis.gates.")
+    parser.add_argument("--unigram-entropy", type=float, help="Nats per token, to compare with.")
+    parser.add_argument("--tokens-per-step", type=int, help="For an axis in tokens.")
+    parser.add_argument("--save", type=Path, required=True, help="Folder of the PNG files.")
+    args = parser.parse_args()
+    losses = read_losses(args.tensorboard_dir, args.log)
+    plot_losses(args.save / "loss.png", losses, args.unigram_entropy, args.tokens_per_step)
+    drawn = [f"loss.png ({len(losses.train)} steps, {len(losses.valid)} validations)"]
+    if args.gates is not None:
+        plot_gates(args.save / "gates.png", json.loads(args.gates.read_text()))
+        drawn.append("gates.png")
+    print(" and ".join(drawn))
+
+
+if __name__ == "__main__":
+    main()
