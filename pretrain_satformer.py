@@ -13,6 +13,7 @@ _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports 
 import json  # noqa: E402
 import warnings  # noqa: E402
 from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 # Megatron tells a dozen times per rank what is not installed; the report at start says it once.
@@ -61,6 +62,7 @@ from megatron.training.utils import (  # noqa: E402
 
 from megatron_satformer import arguments  # noqa: E402
 from megatron_satformer.backend.device import choose_device  # noqa: E402
+from megatron_satformer.checkpoint.reader import TRACKER, open_checkpoint  # noqa: E402
 from megatron_satformer.config import SATFormerConfig  # noqa: E402
 from megatron_satformer.data.preflight import check_training_data  # noqa: E402
 from megatron_satformer.errors import usage_errors  # noqa: E402
@@ -75,6 +77,7 @@ from megatron_satformer.report import describe_run  # noqa: E402
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 OTHER_KEYS = ("local_cp_size", "hybrid_cp_group")
+MODEL_OPTIONS = ("value_gate", "value_gate_bias", "value_residual_last_k")
 SPIKE = 10.0  # times the largest loss seen
 
 
@@ -315,6 +318,25 @@ def check_data(args: Any) -> None:
     print(f"> data: {summary.documents:,} documents, {summary.tokens:,} tokens", flush=True)
 
 
+def check_resume(args: Any) -> None:
+    """Refuse to continue a checkpoint as another model; Megatron compares its own options only.
+
+    Raises:
+        ValueError: an option of the value residual differs from the checkpoint's.
+    """
+    if args.load is None or args.finetune or not (Path(args.load) / TRACKER).is_file():
+        return
+    saved = open_checkpoint(Path(args.load), args.ckpt_step).args
+    options = () if args.architecture == "transformer" else MODEL_OPTIONS
+    for option in ("architecture", *options):
+        mine, theirs = getattr(args, option), getattr(saved, option, "transformer")
+        if mine != theirs:
+            raise ValueError(
+                f"{option} ({mine}) must be that of the checkpoint in load ({args.load}), which "
+                f"is ({theirs}). Give it on the command line, or load another checkpoint."
+            )
+
+
 def configure() -> tuple[Any, SATFormerModelConfig]:
     """Arguments and model, checked; nothing distributed exists yet.
 
@@ -332,6 +354,7 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
         model = build_model_config(args)
         check_stages(model.transformer)
         if args.rank == 0:
+            check_resume(args)
             check_data(args)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
     return args, model

@@ -85,7 +85,7 @@ def test_report_and_validation(pretrain, data_flags):
 def test_help_has_our_flags_in_one_group(pretrain):
     shown = pretrain(1, "--help", code=0, board=False).output
     group = shown[shown.index("\nsatformer:") :]
-    group = group[: group.index("\n\n", group.index("--device"))]
+    assert "\n\n" not in group[group.index("--architecture") :].rstrip()  # one group, the last
     for flag in (
         *("--architecture", "--value-gate", "--value-gate-bias", "--value-gate-init-std"),
         *("--value-residual-last-k", "--scaled-output-init", "--device", "--no-swiglu"),
@@ -119,6 +119,22 @@ def test_bad_input_is_one_clear_line(pretrain, data_flags, flags):
     assert len(told) == 1, run.output[-3000:]
     assert BAD_FLAGS[flags] in told[0]
     assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--architecture resformer", "architecture (resformer) must be that of the checkpoint"),
+        ("--value-gate tanh", "value_gate (tanh) must be that of the checkpoint in load"),
+        ("--value-residual-last-k 2", "value_residual_last_k (2) must be that of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_is_not_continued_as_another_model(started, pretrain, flags, told):
+    common, _ = started("satformer")
+    resumed = [flag for flag in common if flag != "--finetune"]
+    run = pretrain(1, *resumed, *flags.split(), code=2)
+    assert told in run.output
+    assert "which is (" in run.output
 
 
 def test_too_few_groups_for_tensor_parallelism(pretrain, data_flags):

@@ -1,17 +1,12 @@
 """Checkpoints written by pretrain_satformer.py in every layout: Megatron logits equal HF logits."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
 from megatron_satformer.checkpoint.to_hf import export_to_hf
+from tests.checkpoint.inputs import VOCABULARY, build_ids
 
-RUNS = Path(__file__).with_name("megatron_runs.py")
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 GQA = "--group-query-attention --num-query-groups 2"
 CASES = {
@@ -34,48 +29,19 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """Trains all cases, one after the other, in children of one process."""
-    root = tmp_path_factory.mktemp("trained")
-    cases = [
-        {
-            "ranks": ranks,
-            "flags": [
-                *["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"],
-                *["--save", str(root / name / "ckpt"), *flags.split()],
-            ],
-            "logits": str(root / name / "logits"),
-        }
-        for name, (ranks, flags) in CASES.items()
-    ]
-    for name in CASES:
-        (root / name).mkdir()
-    (root / "cases.json").write_text(json.dumps(cases))
-    run = subprocess.run(
-        [sys.executable, RUNS, root / "cases.json"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    return root
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal(name, trained):
-    folder = trained / name
-    made = export_to_hf(folder / "ckpt", folder / "hf")
+def test_logits_equal(on_ranks, tmp_path, name):
+    ranks, flags = CASES[name]
+    saving = ["--save", str(tmp_path / "ckpt"), *flags.split()]
+    on_ranks(ranks, "tests.checkpoint.ranks:train", saving, str(tmp_path / "logits"))
+    made = export_to_hf(tmp_path / "ckpt", tmp_path / "hf")
     dtype = "bf16" if "bf16" in name else "fp32"
     assert (made.step, made.dtype) == (6, dtype)
-    logits = [torch.load(file) for file in sorted(folder.glob("logits.[0-9]"))]
+    logits = [torch.load(file) for file in sorted(tmp_path.glob("logits.[0-9]"))]
     if "tp2" not in name:
         logits = logits[:1]  # data-parallel ranks have the same
-    expected = torch.cat(logits, dim=-1)[..., :100]
-    model = SATFormerForCausalLM.from_pretrained(folder / "hf", dtype="auto").eval()
-    sys.path.insert(0, str(RUNS.parent))
-    try:
-        from megatron_runs import build_ids
-    finally:
-        sys.path.pop(0)
+    expected = torch.cat(logits, dim=-1)[..., :VOCABULARY]
+    model = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
     with torch.no_grad():
         actual = model(build_ids()).logits.float()
     assert expected.abs().max() > 1, "untrained logits prove little"
