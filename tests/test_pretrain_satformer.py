@@ -76,7 +76,7 @@ def test_bf16_follows_fp32(started, pretrain):
 def test_report_and_validation(pretrain, data_flags):
     flags = [*SHAPE, *data_flags, *PP2.split(), "--train-iters", 2, "--eval-interval", 1]
     run = pretrain(2, *flags)
-    assert "parameters: 196,928 = " in run.output
+    assert "parameters: 198,080 = 32,768 embeddings + 164,544 layers + 768 value" in run.output
     assert "satformer, 3 of 4 layers mix V1, relu gate" in run.output
     assert "128 elements per row instead of 64 (2.00x)" in run.output
     assert set(run.scalars("lm loss validation")) == {1, 2}

@@ -55,8 +55,9 @@ def describe(flags: list[str]) -> dict:
     sys.argv = ["pretrain_satformer.py", *flags]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
     preview = arguments.preview_arguments()
-    # Everything but "is Transformer Engine here", which the machine of a test may answer with no.
+    # Everything but what the machine of a test has not: Transformer Engine and a tokenizer.
     engine, preview.transformer_impl = preview.transformer_impl, "local"
+    preview.tokenizer_model = __file__
     arguments.check_arguments(preview, cuda=True)
     preview.transformer_impl = engine
     defaults = arguments.resolve_defaults(preview, cuda=True)

@@ -279,3 +279,30 @@ def recompute_equals_plain(options: dict[str, Any]) -> None:
         nothing_left(model)
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def engine_holds_the_same_checkpoint(options: dict[str, Any]) -> None:
+    """A checkpoint moves local -> Transformer Engine -> local without changing a value.
+
+    Transformer Engine has no CPU kernels, but its modules construct and hold weights there.
+    """
+    start(_world_size())
+    local = build(options)
+    engine = build(
+        options | {"transformer_impl": "transformer_engine"} | {"use_cpu_initialization": True}
+    )
+    theirs = {(key, str(place)): data for key, place, data in entries(engine, lambda p: p)}
+    ours = {(key, str(place)): data for key, place, data in entries(local, lambda p: p)}
+    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
+    with torch.no_grad():
+        before = {key: data.clone() for key, data in ours.items()}
+        for key, data in theirs.items():
+            data.copy_(ours[key])
+        for data in ours.values():
+            data.zero_()
+        for key, data in ours.items():
+            data.copy_(theirs[key])
+            assert torch.equal(data, before[key]), key
+    for mine, engines in zip(local.decoder.layers, engine.decoder.layers, strict=True):
+        weight = mine.self_attention.linear_qkv.weight
+        assert torch.equal(engines.self_attention.linear_qkv.weight, weight)

@@ -105,3 +105,11 @@ def test_fused_attention_equals_megatrons(groups):
 def test_fused_attention_refuses_what_it_lacks(options):
     with pytest.raises(NotImplementedError, match="Use --attention-backend local"):
         ScaledDotProductAttention(build_config(**options), 1, None, "self")
+
+
+@pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_engine_holds_the_same_checkpoint(on_ranks, architecture, ranks):
+    options = {"architecture": architecture}
+    on_ranks(ranks, "tests.model.ranks:engine_holds_the_same_checkpoint", options)
