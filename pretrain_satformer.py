@@ -10,36 +10,36 @@ import time
 
 _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
 
-import json  # noqa: E402
-import warnings  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 # Megatron tells a dozen times per rank what is not installed; the report at start says it once.
 warnings.filterwarnings("ignore", "(?i).*(apex|transformer.engine)", UserWarning)
 
-import torch  # noqa: E402
-from megatron.core import mpu  # noqa: E402
-from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import (
     BlendedMegatronDatasetBuilder,
 )
-from megatron.core.datasets.gpt_dataset import (  # noqa: E402
+from megatron.core.datasets.gpt_dataset import (
     GPTDataset,
     GPTDatasetConfig,
     MockGPTDataset,
 )
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
-from megatron.core.utils import (  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import (  # noqa: E402
+from megatron.training import (
     get_args,
     get_timers,
     get_tokenizer,
@@ -47,32 +47,32 @@ from megatron.training import (  # noqa: E402
     print_rank_0,
     set_startup_timestamps,
 )
-from megatron.training.argument_utils import (  # noqa: E402
+from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.initialize import _initialize_distributed  # noqa: E402
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens  # noqa: E402
-from megatron.training.utils import (  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.initialize import _initialize_distributed
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_satformer import arguments  # noqa: E402
-from megatron_satformer.backend.device import choose_device  # noqa: E402
-from megatron_satformer.checkpoint.reader import TRACKER, open_checkpoint  # noqa: E402
-from megatron_satformer.config import SATFormerConfig  # noqa: E402
-from megatron_satformer.data.preflight import check_training_data  # noqa: E402
-from megatron_satformer.errors import usage_errors  # noqa: E402
-from megatron_satformer.model.builder import (  # noqa: E402
+from megatron_satformer import arguments
+from megatron_satformer.backend.device import choose_device
+from megatron_satformer.checkpoint.reader import TRACKER, open_checkpoint
+from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.data.preflight import check_training_data
+from megatron_satformer.errors import usage_errors
+from megatron_satformer.model.builder import (
     SATFormerModelConfig,
     layer_spec_builder,
 )
-from megatron_satformer.parallel.carry import StageLayer, check_stages  # noqa: E402
-from megatron_satformer.parallel.p2p import CarryP2PCommunicator  # noqa: E402
-from megatron_satformer.report import describe_run  # noqa: E402
+from megatron_satformer.parallel.carry import StageLayer, check_stages
+from megatron_satformer.parallel.p2p import CarryP2PCommunicator
+from megatron_satformer.report import describe_run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
