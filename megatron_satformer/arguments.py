@@ -101,7 +101,7 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
     if (defaults.get("transformer_impl") or preview.transformer_impl) == "local":
         # Fused kernels of Transformer Engine and apex that the local backend does not have.
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
-    if not _importable("fused_weight_gradient_mlp_cuda") and not has_transformer_engine():
+    if not _importable("fused_weight_gradient_mlp_cuda"):  # apex's; the output layer needs it
         defaults["gradient_accumulation_fusion"] = False
     if not cuda:
         defaults |= {
@@ -110,7 +110,6 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
             "bias_gelu_fusion": False,
             "bias_dropout_fusion": False,
             "apply_rope_fusion": False,
-            "gradient_accumulation_fusion": False,
         }
     elif not has_transformer_engine():
         defaults["apply_rope_fusion"] = False
