@@ -164,6 +164,12 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
 
 
 def _check_engine(preview: Namespace, cuda: bool) -> None:
+    if not cuda and (has_transformer_engine() or _importable("amp_C")):
+        raise ValueError(
+            f"device ({preview.device}) is the CPU, and Transformer Engine or apex is installed: "
+            "Megatron takes their CUDA optimizers wherever they import. Use an environment without "
+            "them, or run on a GPU."
+        )
     wants_engine = {
         "transformer_impl": preview.transformer_impl == "transformer_engine",
         "fp8_format": preview.fp8 is not None,
