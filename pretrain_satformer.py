@@ -65,7 +65,7 @@ from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.reader import TRACKER, open_checkpoint
 from megatron_satformer.config import SATFormerConfig
 from megatron_satformer.data.preflight import check_training_data
-from megatron_satformer.errors import usage_errors
+from megatron_satformer.errors import only_rank_0_speaks, usage_errors
 from megatron_satformer.model.builder import (
     SATFormerModelConfig,
     layer_spec_builder,
@@ -344,7 +344,8 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
         SystemExit: code 2 after one printed line, for anything the user can mend.
     """
     with usage_errors():
-        preview = arguments.preview_arguments()
+        with only_rank_0_speaks():
+            preview = arguments.preview_arguments()
         cuda = choose_device(preview.device)
         arguments.check_arguments(preview, cuda)
         defaults = arguments.resolve_defaults(preview, cuda)

@@ -20,11 +20,7 @@ def usage_errors() -> Iterator[None]:
     message is told by its source line.
     """
     try:
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stderr(nowhere if _rank() else sys.stderr),
-        ):
-            yield
+        yield
     except (ValueError, NotImplementedError, AssertionError, FileNotFoundError) as error:
         told = " ".join(str(error).split()) or _failed_line(error)
         _leave(f"{os.path.basename(sys.argv[0])}: error: {told}")
@@ -32,6 +28,16 @@ def usage_errors() -> Iterator[None]:
         if leaving.code == EXIT_CODE:  # argparse has printed its line
             _leave("")
         raise
+
+
+@contextlib.contextmanager
+def only_rank_0_speaks() -> Iterator[None]:
+    """Mute stderr on the other ranks; around argparse alone, which prints before it leaves."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere if _rank() else sys.stderr),
+    ):
+        yield
 
 
 def _failed_line(error: BaseException) -> str:

@@ -250,6 +250,18 @@ def counts_parameters(options: dict[str, Any], tied: bool) -> None:
     assert counted.total == built, (counted, built)
 
 
+def gate_init_std(std: float) -> None:
+    """The gate rows have the standard deviation asked for, the q/k/v rows Megatron's."""
+    start()
+    model = build({"value_gate_init_std": std, "init_method_std": 0.02, "num_query_groups": 6})
+    for layer in model.decoder.layers[1:]:
+        attention = layer.self_attention
+        qkv, gate, padding = attention.linear_qkv.weight.split(attention._row_counts)
+        assert abs(qkv.std() / 0.02 - 1) < 0.1
+        assert abs(gate.std() / std - 1) < 0.3
+        assert padding.abs().max() == 0
+
+
 def gate_bias_alone() -> None:
     """A gate bias without q/k/v biases: the shared bias vector moves in its gate rows only."""
     start()

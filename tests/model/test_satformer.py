@@ -39,6 +39,10 @@ def test_zero_gate_equals_transformer(on_ranks):
     on_ranks(1, f"{RANKS}:zero_gate_is_transformer")
 
 
+def test_gate_init_std(on_ranks):
+    on_ranks(1, f"{RANKS}:gate_init_std", 0.5)
+
+
 def test_gate_bias_moves_alone(on_ranks):
     on_ranks(1, f"{RANKS}:gate_bias_alone")
 
