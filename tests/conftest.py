@@ -12,6 +12,7 @@ import pytest
 from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
 from megatron_satformer.data.tokenizers import TokenizerOptions
 from megatron_satformer.data.train_tokenizer import train_tokenizer
+from tests.small import SHAPE
 from tests.texts import source_texts, write_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,3 +136,21 @@ def data_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model),
         *("--data-cache-path", str(folder / "cache")),
     ]
+
+
+@pytest.fixture(scope="session")
+def started(pretrain, data_flags, tmp_path_factory):
+    """Architecture -> a checkpoint of one rank after two steps, and one rank's next five steps."""
+    made = {}
+
+    def start(architecture):
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            flags = [*SHAPE, *data_flags, "--architecture", architecture]
+            pretrain(1, *flags, "--train-iters", 2, "--save", folder, "--save-interval", 2)
+            flags += ["--load", folder, "--finetune", "--no-load-optim", "--no-load-rng"]
+            flags += ["--train-iters", "5"]
+            made[architecture] = flags, pretrain(1, *flags)
+        return made[architecture]
+
+    return start
