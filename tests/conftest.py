@@ -74,14 +74,23 @@ class Zygote:
         """Run `argv` of pretrain_satformer.py, or `call` "module:function" with `args`."""
         self.jobs += 1
         log = self.folder / f"job{self.jobs}"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        request = {"ranks": ranks, "log": str(log), "port": port, **job}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        return Run(codes, log, self.folder / f"job{self.jobs}.tensorboard")
+        while True:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            request = {"ranks": ranks, "log": str(log), "port": port, **job}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            codes = json.loads(self.process.stdout.readline())
+            run = Run(codes, log, self.folder / f"job{self.jobs}.tensorboard")
+            # Another process may have taken the port before rank 0 did: then nothing has begun.
+            if "EADDRINUSE" not in run.output:
+                return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Here, because pytest reads the conftest of a subfolder too late for options.
+    parser.addoption("--matrix-table", metavar="FILE", help="write the parity matrix into FILE")
 
 
 @pytest.fixture(scope="session")
@@ -139,18 +148,24 @@ def data_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def started(pretrain, data_flags, tmp_path_factory):
-    """Architecture -> a checkpoint of one rank after two steps, and one rank's next five steps."""
+def started(pretrain, data_flags, tmp_path_factory) -> Callable[..., tuple[list, Run]]:
+    """Starts a model, given by architecture and flags, on one rank.
+
+    Returns the flags that continue its checkpoint of two steps, and one rank's next five steps.
+    """
     made = {}
 
-    def start(architecture):
-        if architecture not in made:
+    def start(architecture: str, model: str = "") -> tuple[list, Run]:
+        if (architecture, model) not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            flags = [*SHAPE, *data_flags, "--architecture", architecture]
+            flags = [*SHAPE, *data_flags, "--architecture", architecture, *model.split()]
+            # Adam's first steps are the sign of each gradient, rounding noise around 0 included,
+            # unless eps is above that noise: then layouts differ by the noise and no more.
+            flags += ["--adam-eps", 1e-6]
             pretrain(1, *flags, "--train-iters", 2, "--save", folder, "--save-interval", 2)
             flags += ["--load", folder, "--finetune", "--no-load-optim", "--no-load-rng"]
-            flags += ["--train-iters", "5"]
-            made[architecture] = flags, pretrain(1, *flags)
-        return made[architecture]
+            flags += ["--train-iters", 5]
+            made[architecture, model] = flags, pretrain(1, *flags)
+        return made[architecture, model]
 
     return start

@@ -12,6 +12,8 @@ import sys
 import traceback
 
 # The slow imports, once.
+import megatron.core.tokenizers.text.text_tokenizer  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 import transformers.configuration_utils  # noqa: F401
 from megatron.training.global_vars import get_tensorboard_writer
 

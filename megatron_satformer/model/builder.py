@@ -50,8 +50,8 @@ class SATFormerModelBuilder(GPTModelBuilder):
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         config = self._model_config.transformer
         if config.architecture == "resformer":
-            first_mixing = config.num_layers - config.num_mixing_layers + 1
-            numbers = [layer.layer_number for layer in model.decoder.layers]
-            copy = 0 if first_mixing in numbers else min(numbers, default=0)
-            attach_shared_lambdas(model.decoder, config, copy)
+            stages = pg_collection.pp
+            attach_shared_lambdas(
+                model.decoder, config, (vp_stage or 0) * stages.size() + stages.rank()
+            )
         return model

@@ -4,7 +4,7 @@
     lambda2_n                                              one scalar per layer, init 0.5
 
 lambda_logits (init 0) and lambda_scale (init num_layers) belong to the whole model: every pipeline
-chunk that mixes holds a copy, Megatron sums the copies' gradients over stages.
+chunk holds a copy, Megatron sums the copies' gradients over stages.
 
 Shapes: s sequence, b micro-batch, ng KV heads, hn head dim, m mixing layers; "/tp": per rank.
 """
@@ -15,6 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -55,8 +56,8 @@ class SharedLambdas(MegatronModule):
     Args:
         config: gives the number of layers and which of them mix.
         tp_group: tensor-parallel group.
-        copy: 0 on the chunk that saves the parameters and counts in the gradient norm, and any
-            other number, unique per chunk, elsewhere.
+        copy: number of the chunk in the model; chunk 0 saves the parameters and counts in the
+            gradient norm.
     """
 
     def __init__(self, config: SATFormerConfig, tp_group: ProcessGroup, copy: int) -> None:
@@ -94,16 +95,41 @@ class SharedLambdas(MegatronModule):
 def attach_shared_lambdas(decoder: Any, config: SATFormerConfig, copy: int) -> None:
     """Give one pipeline chunk its copy of the shared lambdas.
 
+    Every chunk has one, also where no layer mixes: Megatron sums their gradients over all stages.
+
     Args:
         decoder: the chunk's TransformerBlock.
         config: the model's config.
         copy: see `SharedLambdas`.
     """
+    decoder.value_residual = SharedLambdas(config, decoder.pg_collection.tp, copy)
     mixing = [layer.self_attention for layer in decoder.layers if layer.self_attention.mixes]
-    if mixing:
-        decoder.value_residual = SharedLambdas(config, decoder.pg_collection.tp, copy)
-        for attention in mixing:
-            attention._shared = (decoder.value_residual,)
+    for attention in mixing:
+        attention._shared = (decoder.value_residual,)
+    if not mixing:
+        decoder.register_forward_hook(_use_shared_lambdas)
+
+
+def _use_shared_lambdas(decoder: Any, _: Any, hidden_states: Tensor) -> Tensor:
+    # Overlapped communication of the distributed optimizer waits for every parameter to be used in
+    # its module's forward, and to have its gradient.
+    lambda1 = decoder.value_residual(decoder.config.num_layers)
+    unchanged = _WithoutEffect.apply(hidden_states, lambda1)
+    # The schedule frees the output after sending it and refuses views.
+    return make_viewless_tensor(unchanged, requires_grad=True, keep_graph=True)
+
+
+class _WithoutEffect(torch.autograd.Function):
+    """The first argument unchanged; the second gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, unused: Tensor) -> Tensor:
+        ctx.save_for_backward(unused)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros_like(*ctx.saved_tensors)
 
 
 def _scalar(config: SATFormerConfig, size: int, init: float) -> torch.nn.Parameter:

@@ -1,4 +1,4 @@
-"""V1 across pipeline stages: pack, unpack, width.
+"""V1 across pipeline stages: pack, unpack, and which boundary is how wide.
 
 Between stages travels one tensor, [hidden | V1] along the last axis, so Megatron's schedules,
 recompute and TransformerBlock stay as they are, and V1's gradient comes back by plain autograd.
@@ -7,24 +7,24 @@ The same tensor-parallel rank packs and unpacks, so any bijection of the V1 elem
     without sequence parallel   hidden [s, b, h],     V1 [s, b, kv/tp]                 h + kv/tp
     with sequence parallel      hidden [s/tp, b, h],  V1 viewed as [s/tp, b, kv]       h + kv
 
+A chunk is what one rank runs in one go: a pipeline stage, or one of its virtual stages.
+
 Shapes: s sequence, b micro-batch, h hidden, ng KV heads, hn head dim, kv = ng * hn; "/tp": per
 rank.
 """
 
-from typing import Any
+from itertools import accumulate, pairwise
 
 import torch
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.model.layer import ValueResidualLayer
 
 
 def packed_width(config: SATFormerConfig) -> int:
-    """Last axis of what crosses a stage boundary: h for transformer, h + kv or h + kv/tp else."""
+    """Last axis of [hidden | V1] on one rank: h for transformer, h + kv or h + kv/tp else."""
     return config.hidden_size + carried_width(config)
 
 
@@ -35,6 +35,66 @@ def carried_width(config: SATFormerConfig) -> int:
     if config.sequence_parallel:
         return config.kv_projection_size
     return config.kv_projection_size // config.tensor_model_parallel_size
+
+
+def chunk_layers(config: SATFormerConfig) -> list[range]:
+    """Layer numbers (1-based) of every pipeline chunk, in the order the model runs them.
+
+    Chunk vp_stage * pipeline_model_parallel_size + pp_rank; it may hold no layer at all. Needs no
+    process group.
+    """
+    layout = config.pipeline_model_parallel_layout
+    ranks = config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
+    counts = [
+        # Not through get_num_layers_to_build (0.19.2), which forgets pp_rank where there is one.
+        layout.layout[rank][stage or 0].count(LayerType.decoder)
+        if layout is not None
+        else get_num_layers_to_build(config, stage, rank)
+        for stage in (range(virtual) if virtual else [None])
+        for rank in range(ranks)
+    ]
+    return [range(a + 1, b + 1) for a, b in pairwise(accumulate(counts, initial=0))]
+
+
+def check_ranks_hold_something(config: SATFormerConfig) -> None:
+    """Refuse a pipeline rank without any parameter, which Megatron (0.19.2) cannot load.
+
+    Args:
+        config: the model; no process group is needed.
+
+    Raises:
+        ValueError: a rank between the first and the last holds no layer in any of its chunks.
+    """
+    ranks = config.pipeline_model_parallel_size
+    chunks = chunk_layers(config)
+    for rank in range(1, ranks - 1):
+        if not any(chunks[rank::ranks]):
+            raise ValueError(
+                f"pipeline_model_parallel_layout ({config.pipeline_model_parallel_layout}) must "
+                f"give every pipeline rank a layer, the embedding or the loss; rank {rank} of "
+                f"pipeline_model_parallel_size ({ranks}) holds nothing. Give it a layer (t), or "
+                "use fewer ranks."
+            )
+
+
+def boundary_is_packed(config: SATFormerConfig, layers_before: int) -> bool:
+    """Whether [hidden | V1] crosses the boundary behind so many layers, or hidden alone.
+
+    Before layer 1 there is no V1, and behind the last layer nobody reads it. Megatron's interleaved
+    schedule receives everything in one shape, so there all boundaries are alike: zeros fill the
+    place of V1 before layer 1.
+    """
+    if config.architecture == "transformer":
+        return False
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    return interleaved or 0 < layers_before < config.num_layers
+
+
+def boundary_width(config: SATFormerConfig, layers_before: int) -> int:
+    """Last axis of what crosses the boundary behind so many layers."""
+    packed = boundary_is_packed(config, layers_before)
+    return packed_width(config) if packed else config.hidden_size
 
 
 def pack(hidden_states: Tensor, v1: Tensor) -> Tensor:
@@ -59,67 +119,10 @@ def unpack(packed: Tensor, config: SATFormerConfig) -> tuple[Tensor, Tensor]:
         config: gives h, hn and the parallel sizes.
 
     Returns:
-        hidden_states and v1, as `pack` takes them.
+        hidden_states and v1, as `pack` took them; v1 in the dtype of the parameters again, where
+        the residual stream travels in fp32 (--fp32-residual-connection).
     """
     hidden_states, flat = packed.split([config.hidden_size, carried_width(config)], dim=-1)
     groups = config.num_query_groups // config.tensor_model_parallel_size
     v1 = flat.reshape(-1, packed.size(1), groups, config.kv_channels)
-    return hidden_states.contiguous(), v1.contiguous()
-
-
-def check_stages(config: SATFormerConfig) -> None:
-    """Refuse pipeline stages that could not carry V1.
-
-    Args:
-        config: the model; no process group is needed.
-
-    Raises:
-        NotImplementedError: a stage without layers, or a ResFormer rank without a layer that mixes.
-    """
-    if config.architecture == "transformer" or config.pipeline_model_parallel_layout is not None:
-        return
-    virtual = config.virtual_pipeline_model_parallel_size
-    for rank in range(config.pipeline_model_parallel_size):
-        held: list[int] = []
-        for stage in [None] if virtual is None else range(virtual):
-            count = get_num_layers_to_build(config, stage, rank)
-            first = get_transformer_layer_offset(config, stage, rank) + 1
-            held += range(first, first + count)
-            if count < 1:
-                raise NotImplementedError(
-                    f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}) leaves "
-                    f"pipeline rank {rank} a stage without layers, which cannot pack V1 yet. Give "
-                    f"every stage one of the num_layers ({config.num_layers})."
-                )
-        if config.architecture == "resformer" and not any(map(config.mixes, held)):
-            raise NotImplementedError(
-                f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}) leaves "
-                f"pipeline rank {rank} layers {held} of resformer, none of which mixes V1: its "
-                "share of the common lambdas' gradient would be missing. Use fewer stages, or a "
-                "larger --value-residual-last-k."
-            )
-
-
-class StageLayer(ValueResidualLayer):
-    """ValueResidualLayer that unpacks at the entry of a pipeline chunk and packs at its exit."""
-
-    def __init__(self, config: SATFormerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        local_number = kwargs["layer_number"]
-        pp_rank = get_pg_rank(self.pg_collection.pp)
-        last_number = get_num_layers_to_build(config, kwargs.get("vp_stage"), pp_rank)
-        self.enters = local_number == 1 and self.layer_number > 1
-        self.leaves = local_number == last_number and self.layer_number < config.num_layers
-
-    # TransformerLayer.forward, 0.19.2: the narrowest place that sees the layer's whole input and
-    # output; inside it also under recompute, so the packed tensor is what gets checkpointed.
-    def forward(
-        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """As TransformerLayer.forward; `context` is V1, [s, b, ng/tp, hn]."""
-        if self.enters:
-            hidden_states, context = unpack(hidden_states, self.config)
-        hidden_states, v1 = super().forward(hidden_states, *args, context=context, **kwargs)
-        if self.leaves:
-            return pack(hidden_states, v1), None
-        return hidden_states, v1
+    return hidden_states.contiguous(), v1.to(config.params_dtype).contiguous()

@@ -2,9 +2,20 @@ import pytest
 import torch
 
 from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.parallel.carry import check_stages, pack, packed_width, unpack
+from megatron_satformer.parallel.carry import (
+    boundary_width,
+    check_ranks_hold_something,
+    chunk_layers,
+    pack,
+    packed_width,
+    unpack,
+)
 
 HIDDEN, GROUPS, HEAD_DIM = 24, 2, 6
+EMBEDDING_AND_LOSS_COUNT_AS_LAYERS = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 def build_config(**options):
@@ -58,46 +69,50 @@ def test_receive_buffers_are_as_wide_as_what_is_sent(on_ranks, architecture):
     on_ranks(2, "tests.parallel.ranks:sends_and_receives", {"architecture": architecture})
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"pipeline_model_parallel_size": 4},
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        {"pipeline_model_parallel_size": 2, "architecture": "resformer"},
-        {"pipeline_model_parallel_size": 4, "architecture": "transformer"},
-    ],
-    ids=str,
-)
-def test_stages_that_can_carry_v1(options):
-    check_stages(build_config(**options, pipeline_dtype=torch.float32))
+PP2 = {"pipeline_model_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+VIRTUAL = {"virtual_pipeline_model_parallel_size": 2}
+H, PACKED = HIDDEN, HIDDEN + GROUPS * HEAD_DIM
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "layers", "widths"),
     [
+        ({}, [4], []),
+        (PP2, [2, 2], [PACKED]),
+        (PP4, [1, 1, 1, 1], [PACKED] * 3),
+        (PP2 | VIRTUAL, [1, 1, 1, 1], [PACKED] * 3),
+        (PP2 | {"num_layers_in_first_pipeline_stage": 3}, [3, 1], [PACKED]),
+        (PP4 | {"pipeline_model_parallel_layout": "E|ttt|t|L"}, [0, 3, 1, 0], [H, PACKED, H]),
+        (PP4 | {"pipeline_model_parallel_layout": "Et||ttt|L"}, [1, 0, 3, 0], [PACKED, PACKED, H]),
+        # The interleaved schedule receives every tensor in one shape.
         (
-            {
-                "pipeline_model_parallel_size": 4,
-                "num_layers": 3,
-                "account_for_embedding_in_pipeline_split": True,
-            },
-            r"\(4\) leaves pipeline rank 0 a stage without layers",
+            PP2 | VIRTUAL | {"pipeline_model_parallel_layout": "E|ttt|t|L"},
+            [0, 3, 1, 0],
+            [PACKED] * 3,
         ),
         (
-            {"pipeline_model_parallel_size": 4, "architecture": "resformer"},
-            r"\(4\) leaves pipeline rank 0 layers \[1\] of resformer, none of which mixes",
+            PP4 | {"num_layers": 6} | dict.fromkeys(EMBEDDING_AND_LOSS_COUNT_AS_LAYERS, True),
+            [1, 2, 2, 1],
+            [PACKED] * 3,
         ),
-        (
-            {
-                "pipeline_model_parallel_size": 2,
-                "architecture": "resformer",
-                "value_residual_last_k": 1,
-            },
-            r"rank 0 layers \[1, 2\] of resformer",
-        ),
+        (PP4 | {"architecture": "transformer"}, [1, 1, 1, 1], [H] * 3),
     ],
     ids=str,
 )
-def test_stages_that_cannot(options, told):
-    with pytest.raises(NotImplementedError, match=told):
-        check_stages(build_config(**options, pipeline_dtype=torch.float32))
+def test_v1_crosses_the_boundaries_behind_layer_1(options, layers, widths):
+    config = build_config(**options, pipeline_dtype=torch.float32)
+    chunks = chunk_layers(config)
+    assert [len(chunk) for chunk in chunks] == layers
+    assert [number for chunk in chunks for number in chunk] == [*range(1, config.num_layers + 1)]
+    behind = [chunk.stop - 1 for chunk in chunks[:-1]]
+    assert [boundary_width(config, layers) for layers in behind] == widths
+
+
+def test_a_rank_that_holds_nothing_is_refused():
+    layout = {"pipeline_model_parallel_layout": "Et||ttt|L"}
+    check_ranks_hold_something(build_config(**PP2 | VIRTUAL | layout, pipeline_dtype=torch.float32))
+    with pytest.raises(
+        ValueError, match=r"\(Et\|\|ttt\|L\) must give .*; rank 1 of .* \(4\) holds"
+    ):
+        check_ranks_hold_something(build_config(**PP4 | layout, pipeline_dtype=torch.float32))

@@ -1,36 +1,48 @@
-"""Every layout trains like one rank."""
+"""Every layout trains like one rank: five losses and gradient norms from one checkpoint."""
 
 import pytest
 
-from tests.small import DO, PP2, RTOL, SP, TP2
+from tests.parallel.layouts import OPTIMIZER, PP2, ROWS, SP, TP2, Row
+from tests.small import RTOL
 
-LAYOUTS = {
-    "PP2": (2, PP2),
-    "PP2, uneven": (2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
-    "TP2": (2, TP2),
-    "TP2+SP": (2, f"{TP2} {SP}"),
-    "PP2 x 2 virtual": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
-    "DP2, distributed optimizer": (2, f"{DO} --overlap-grad-reduce --overlap-param-gather"),
-    "TP2 x PP2 + SP": (4, f"{TP2} {PP2} {SP}"),
-    "PP2, full recompute": (
-        2,
-        f"{PP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    ),
-}
+BF16_RTOL = 2e-2  # gradients are accumulated in fp32
+BF16 = [
+    (2, PP2),
+    pytest.param(2, f"{TP2} {SP}", marks=pytest.mark.slow),
+    pytest.param(8, f"{TP2} {PP2} {OPTIMIZER}", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("architecture", ["satformer", "resformer", "transformer"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_rank(started, pretrain, architecture, layout):
-    flags, one = started(architecture)
-    ranks, extra = LAYOUTS[layout]
-    run = pretrain(ranks, *flags, *extra.split())
-    assert len(run.losses) == 5
-    assert run.losses == pytest.approx(one.losses, rel=RTOL)
-    assert run.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+def largest_difference(values, wanted):
+    assert len(values) == len(wanted) == 5
+    return max(abs(a / b - 1) for a, b in zip(values, wanted, strict=True))
 
 
-def test_bf16_follows_fp32(started, pretrain):
+CELLS = [
+    pytest.param(
+        row,
+        architecture,
+        marks=[] if architecture in row.fast else [pytest.mark.slow],
+        id=f"{row.name}-{architecture}",
+    )
+    for row in ROWS
+    for architecture in row.architectures
+]
+
+
+@pytest.mark.parametrize(("row", "architecture"), CELLS)
+def test_layout_equals_one_rank(started, pretrain, record_property, row: Row, architecture):
+    flags, one = started(architecture, row.model)
+    run = pretrain(row.ranks, *flags, *row.layout.split())
+    losses = largest_difference(run.losses, one.losses)
+    norms = largest_difference(run.grad_norms, one.grad_norms)
+    record_property("cell", (row.name, architecture, losses, norms))
+    assert max(losses, norms) <= RTOL
+
+
+@pytest.mark.parametrize(("ranks", "layout"), BF16, ids=str)
+def test_bf16_follows_fp32(started, pretrain, ranks, layout):
     flags, one = started("satformer")
-    run = pretrain(2, *flags, *PP2.split(), "--bf16")
-    assert run.losses == pytest.approx(one.losses, rel=2e-2)
+    run = pretrain(ranks, *flags, *layout.split(), "--bf16")
+    assert run.losses == pytest.approx(one.losses, rel=BF16_RTOL)
+    assert run.grad_norms == pytest.approx(one.grad_norms, rel=BF16_RTOL)

@@ -1,0 +1,115 @@
+"""The rows of the parity matrix: every way to cut the model that must train like one rank."""
+
+from dataclasses import dataclass
+
+TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+SP = "--sequence-parallel"
+VIRTUAL = "--num-layers-per-virtual-pipeline-stage 1"
+OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+FULL = "--recompute-granularity full --recompute-num-layers"
+UNIFORM, BLOCK = f"{FULL} 2 --recompute-method uniform", f"{FULL} 1 --recompute-method block"
+SELECTIVE = "--recompute-granularity selective"
+LAYOUT = "--pipeline-model-parallel-layout"
+GQA2 = "--group-query-attention --num-query-groups 2"
+UNTIED = "--untie-embeddings-and-output-weights"
+PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
+
+EVERY = ("satformer", "resformer", "transformer")
+MIXING = ("satformer", "resformer")
+GATED = ("satformer",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout.
+
+    Args:
+        name: as the table shows it.
+        ranks: processes.
+        layout: flags that only the run on several ranks gets.
+        model: flags that the reference on one rank, and its checkpoint, get too.
+        architectures: those it is run for.
+        fast: for which of them in the default subset.
+    """
+
+    name: str
+    ranks: int
+    layout: str
+    model: str = ""
+    architectures: tuple[str, ...] = EVERY
+    fast: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("TP2", 2, TP2, fast=GATED),
+    Row("TP4", 4, TP4),
+    Row("TP2 + SP", 2, f"{TP2} {SP}", fast=EVERY),
+    Row("TP4 + SP", 4, f"{TP4} {SP}", fast=GATED),
+    Row("PP2", 2, PP2, fast=EVERY),
+    Row("PP4", 4, PP4, fast=MIXING),
+    Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=MIXING),
+    Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8"),
+    Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
+    Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3"),
+    Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=MIXING),
+    Row("PP2 x 2, layout Et||ttt|L", 2, f"{PP2} {LAYOUT} Et||ttt|L"),
+    Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=MIXING),
+    Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L"),
+    Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
+    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=GATED),
+    Row("TP2 x PP2 x DP2, distributed optimizer", 8, f"{TP2} {PP2} {OPTIMIZER}", fast=GATED),
+    Row("TP2 x PP2 x DP2 + SP, distributed optimizer", 8, f"{TP2} {PP2} {SP} {OPTIMIZER}"),
+    Row("DP2, distributed optimizer", 2, OPTIMIZER, fast=GATED),
+    Row("DP4", 4, ""),
+    Row("DP4, distributed optimizer", 4, OPTIMIZER),
+    Row("PP2 x 2 virtual x DP2, distributed optimizer", 4, f"{PP2} {VIRTUAL} {OPTIMIZER}"),
+    Row(
+        "PP4 x DP2, layout E|tt|tt|L, distributed optimizer",
+        8,
+        f"{PP4} {LAYOUT} E|tt|tt|L {OPTIMIZER}",
+    ),
+    Row("PP2, 8 micro-batches", 2, f"{PP2} --micro-batch-size 1"),
+    Row("recompute full, uniform", 1, UNIFORM),
+    Row("recompute full, block", 1, BLOCK),
+    Row("recompute selective", 1, SELECTIVE),
+    Row("PP2, recompute full, uniform", 2, f"{PP2} {UNIFORM}", fast=GATED),
+    Row("PP2, recompute full, block", 2, f"{PP2} {BLOCK}"),
+    Row("PP2, recompute selective", 2, f"{PP2} {SELECTIVE}"),
+    Row(
+        "PP2 x 2 virtual, recompute full, uniform",
+        2,
+        f"{PP2} {VIRTUAL} {UNIFORM}".replace("layers 2", "layers 1"),
+    ),
+    Row("TP2 + SP, recompute full, uniform", 2, f"{TP2} {SP} {UNIFORM}"),
+    Row(
+        "PP4, last_k 1: stages 2 and 3 forward V1",
+        4,
+        PP4,
+        "--value-residual-last-k 1",
+        MIXING,
+        fast=MIXING,
+    ),
+    Row("PP2, last_k 2: the last stage alone mixes", 2, PP2, "--value-residual-last-k 2", MIXING),
+    Row(
+        "PP4 x 2 virtual, 8 layers, last_k 2",
+        4,
+        f"{PP4} {VIRTUAL}",
+        "--num-layers 8 --value-residual-last-k 2",
+        MIXING,
+    ),
+    *(
+        Row(f"TP2, {gate} gate", 2, TP2, f"--value-gate {gate}", GATED)
+        for gate in ("sigmoid", "tanh", "identity")
+    ),
+    Row("TP2, softmax gate", 2, TP2, "--value-gate softmax", GATED, fast=GATED),
+    Row("TP2, softmax_sigmoid gate", 2, TP2, "--value-gate softmax_sigmoid", GATED),
+    Row("TP4 + SP, softmax gate", 4, f"{TP4} {SP}", "--value-gate softmax", GATED),
+    Row("TP2, gate with bias", 2, TP2, "--value-gate-bias", GATED),
+    Row("TP2, 2 KV heads", 2, TP2, GQA2),
+    Row("TP2 x PP2 + SP, 2 KV heads", 4, f"{TP2} {PP2} {SP}", GQA2, fast=GATED),
+    Row("PP2, untied embeddings", 2, PP2, UNTIED),
+    Row("TP2 x PP2 + SP, untied embeddings", 4, f"{TP2} {PP2} {SP}", UNTIED),
+    Row("DP2, loss per token", 2, "", PER_TOKEN),
+    Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
+)
