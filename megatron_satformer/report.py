@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.model.parameters import count_parameters
+from megatron_satformer.model.parameters import count_moe_layers, count_parameters
 from megatron_satformer.parallel.carry import packed_width
 
 
@@ -25,7 +25,8 @@ def describe_run(args: Namespace, config: SATFormerConfig, cuda: bool, vocab_siz
         "architecture": _architecture(config),
         "shape": f"{config.num_layers} layers, hidden {config.hidden_size}, ffn "
         f"{config.ffn_hidden_size}, {config.num_attention_heads} heads of {config.kv_channels}, "
-        f"{config.num_query_groups} KV heads, sequence {args.seq_length}, vocabulary {vocab_size}",
+        f"{config.num_query_groups} KV heads, sequence {args.seq_length}, vocabulary {vocab_size}"
+        + _experts(config),
         "parameters": _parameters(args, config, vocab_size),
         "batch": f"{args.global_batch_size} sequences, {args.micro_batch_size} per micro-batch, "
         f"{args.global_batch_size * args.seq_length:,} tokens per step",
@@ -49,9 +50,18 @@ def _architecture(config: SATFormerConfig) -> str:
     return f"{text}, {config.value_gate} gate{bias}"
 
 
+def _experts(config: SATFormerConfig) -> str:
+    if config.num_moe_experts is None:
+        return ""
+    shared = config.moe_shared_expert_intermediate_size
+    return (
+        f"; {count_moe_layers(config)} layers with {config.num_moe_experts} experts of ffn "
+        f"{config.moe_ffn_hidden_size}, {config.moe_router_topk} per token"
+        + (f", and a shared one of ffn {shared}" if shared else "")
+    )
+
+
 def _parameters(args: Namespace, config: SATFormerConfig, vocab_size: int) -> str:
-    if config.num_moe_experts is not None or config.multi_latent_attention:
-        return "not counted (mixture of experts or latent attention)"
     learned = args.max_position_embeddings
     count = count_parameters(
         config,
@@ -62,6 +72,8 @@ def _parameters(args: Namespace, config: SATFormerConfig, vocab_size: int) -> st
     return (
         f"{count.total:,} = {count.embeddings:,} embeddings + {count.layers:,} layers + "
         f"{count.value_residual:,} value residual"
+        + f"; {count.active:,} used by one token"
+        * bool(count.idle)
     )
 
 
@@ -80,6 +92,8 @@ def _layout(args: Namespace) -> str:
         f"DP {args.data_parallel_size}"
         + (" (distributed optimizer)" if args.use_distributed_optimizer else ""),
     ]
+    if args.expert_model_parallel_size > 1:
+        parts.append(f"EP {args.expert_model_parallel_size} within DP")
     return " x ".join(parts) + f" on {args.world_size} ranks"
 
 

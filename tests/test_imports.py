@@ -13,6 +13,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 MAY_IMPORT = {
     "config": set(),
     "arguments": {"config"},
+    "refusals": {"arguments", "config"},
     "errors": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},

@@ -6,6 +6,7 @@ Each patch has one line that says which Megatron call needs it.
 """
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -176,12 +177,20 @@ def _patch_distributed() -> None:
 def _patch_megatron() -> None:
     import torch.utils.data
     from megatron.core.datasets import utils
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.transformer.moe import token_dispatcher
 
     def compile_helpers() -> None:
         # An installed wheel ships the compiled helper but no Makefile: `make` fails and exits.
         from megatron.core.datasets import helpers_cpp  # noqa: F401
 
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+        # MoEAlltoAllTokenDispatcher sends in splits of numpy, which it makes of CUDA tensors only.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
     utils.compile_helpers = compile_helpers
+    PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
     # The RNG tracker warns when random numbers move the CPU's generator: here there is no other.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     torch.compiler.set_stance("force_eager")  # jit_fuser compiles for a GPU that is not there
@@ -189,7 +198,25 @@ def _patch_megatron() -> None:
     plain_init = torch.utils.data.DataLoader.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        # build_pretraining_data_loader always pins memory.
+        # build_pretraining_data_loader always pins memory. A generator of its own, because every
+        # iterator draws a seed, and dropout on a GPU never sees that.
+        kwargs = {"generator": torch.Generator()} | kwargs
         plain_init(self, *args, **kwargs | {"pin_memory": False})
 
     torch.utils.data.DataLoader.__init__ = init
+
+
+def _async_loop(*args: Any, **kwargs: Any) -> None:
+    """PersistentAsyncCaller's worker (--async-save): a process of its own, without our patches."""
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    plain_preload = writer.preload_tensors
+
+    def preload_tensors(*args: Any, **kwargs: Any) -> Any:
+        # .to("cpu") copies nothing here, and the next step changes what is being written.
+        return copy.deepcopy(plain_preload(*args, **kwargs))
+
+    writer.preload_tensors = staticmethod(preload_tensors)
+    _patch_cuda_module()  # it sets a CUDA device
+    async_utils.PersistentAsyncCaller.async_loop(*args, **kwargs)

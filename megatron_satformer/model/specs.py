@@ -3,18 +3,19 @@
 An architecture is one file and one line in `ATTENTION`. Must not know: args, training.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
-    get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_submodules,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -52,58 +53,78 @@ def build_block_spec(
         pp_rank: pipeline rank; default: this process's.
         residual_layer: layer class for the architectures with a value residual.
     """
-    local = config.transformer_impl == "local"
+    layer = TransformerLayer if config.architecture == "transformer" else residual_layer
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            ModuleSpec(module=layer, submodules=_adapt(spec.submodules, config))
+            for spec in _megatron_layers(config, vp_stage, pp_rank)
+        ],
+        layer_norm=build_norm if _is_local(config) else _engine_norm(),
+    )
+
+
+def _megatron_layers(
+    config: SATFormerConfig, vp_stage: int | None, pp_rank: int | None
+) -> list[ModuleSpec]:
+    """Megatron's own spec of every layer of the chunk, chosen as its GPT builder does (0.19.2)."""
     if config.num_moe_experts is not None:
-        # Plain Transformer alone (the value residual refuses experts): Megatron's own choice.
-        return get_gpt_decoder_block_spec(
+        block = get_gpt_decoder_block_spec(
             config,
-            use_transformer_engine=not local,
+            use_transformer_engine=not _is_local(config),
             normalization=config.normalization,
             qk_l2_norm=config.qk_l2_norm,
             vp_stage=vp_stage,
             pp_rank=pp_rank,
         )
-    submodules = _local_submodules(config) if local else _engine_submodules(config)
-    submodules.self_attention.module = ATTENTION[config.architecture]
-    layer = TransformerLayer if config.architecture == "transformer" else residual_layer
-    spec = ModuleSpec(module=layer, submodules=submodules)
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage, pp_rank),
-        layer_norm=build_norm if local else _engine_norm(),
-    )
-
-
-def _engine_submodules(config: SATFormerConfig) -> TransformerLayerSubmodules:
-    return get_gpt_layer_with_transformer_engine_submodules(
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=config.multi_latent_attention,
-        qk_l2_norm=config.qk_l2_norm,
-        use_kitchen=config.use_kitchen,
-        use_te_activation_func=config.use_te_activation_func,
-        use_kitchen_attention=config.use_kitchen_attention,
-        kitchen_attention_backend=config.kitchen_attention_backend,
-    )
-
-
-def _local_submodules(config: SATFormerConfig) -> TransformerLayerSubmodules:
-    """Megatron's local submodules with norms for sequence parallelism and fused attention."""
-    submodules = get_gpt_layer_local_submodules(
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-    )
-    submodules.input_layernorm = build_norm
-    submodules.pre_mlp_layernorm = build_norm
-    attention = submodules.self_attention.submodules
-    if config.qk_layernorm and not config.qk_l2_norm:
-        attention.q_layernorm = attention.k_layernorm = build_norm
-    elif config.qk_l2_norm:
-        attention.q_layernorm = attention.k_layernorm = L2Norm
-    if config.attention_backend == AttnBackend.local:
-        attention.core_attention = DotProductAttention
+        return block.layer_specs
+    if _is_local(config):
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+        )
     else:
-        attention.core_attention = ScaledDotProductAttention
-    return submodules
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+            use_te_op_fuser=config.use_transformer_engine_op_fuser,
+            use_kitchen=config.use_kitchen,
+            use_te_activation_func=config.use_te_activation_func,
+            use_kitchen_attention=config.use_kitchen_attention,
+            kitchen_attention_backend=config.kitchen_attention_backend,
+            use_grouped_gemm_for_dense_mlp=config.use_grouped_gemm_for_dense_mlp,
+        )
+    return [spec] * get_num_layers_to_build(config, vp_stage, pp_rank)
+
+
+def _adapt(
+    submodules: TransformerLayerSubmodules, config: SATFormerConfig
+) -> TransformerLayerSubmodules:
+    """Megatron's submodules with the architecture's attention and, locally, our norms and SDPA."""
+    attention = submodules.self_attention.submodules
+    changes: dict[str, Any] = {}
+    if _is_local(config):
+        fused = config.attention_backend != AttnBackend.local
+        core = ScaledDotProductAttention if fused else DotProductAttention
+        attention = replace(attention, core_attention=core)
+        if config.qk_layernorm and not config.qk_l2_norm:
+            attention = replace(attention, q_layernorm=build_norm, k_layernorm=build_norm)
+        changes = {"input_layernorm": build_norm, "pre_mlp_layernorm": build_norm}
+        if getattr(submodules.mlp, "func", None) is MoELayer:
+            # Transformer Engine does not fuse this norm into experts: under its key a checkpoint
+            # serves both backends. Megatron's local spec renames it as in a dense layer.
+            keys = dict(submodules.sharded_state_dict_keys_map)
+            del keys["pre_mlp_layernorm."]
+            changes["sharded_state_dict_keys_map"] = keys
+    module = ATTENTION[config.architecture]
+    changes["self_attention"] = replace(
+        submodules.self_attention, module=module, submodules=attention
+    )
+    return replace(submodules, **changes)
+
+
+def _is_local(config: SATFormerConfig) -> bool:
+    return config.transformer_impl == "local"
 
 
 def _engine_norm() -> Any:

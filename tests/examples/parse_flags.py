@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_satformer import arguments
+from megatron_satformer import arguments, refusals
 from megatron_satformer.model.builder import SATFormerModelBuilder
 from megatron_satformer.model.parameters import count_parameters
 from pretrain_satformer import build_model_config
@@ -58,7 +58,7 @@ def describe(flags: list[str]) -> dict:
     # Everything but what the machine of a test has not: Transformer Engine and a tokenizer.
     engine, preview.transformer_impl = preview.transformer_impl, "local"
     preview.tokenizer_model = __file__
-    arguments.check_arguments(preview, cuda=True)
+    refusals.check_arguments(preview, cuda=True)
     preview.transformer_impl = engine
     defaults = arguments.resolve_defaults(preview, cuda=True)
     args = parse_args(extra_args_provider=partial(arguments.add_arguments, defaults=defaults))

@@ -277,14 +277,14 @@ def gate_bias_alone() -> None:
     assert sum("value_gate.bias" in key for key in keys) == 3
 
 
-def recompute_equals_plain(options: dict[str, Any]) -> None:
-    """Full recompute gives bit-equal losses and gradients."""
+def recompute_equals_plain(options: dict[str, Any], model_options: dict | None = None) -> None:
+    """Recompute gives bit-equal losses and gradients."""
     start()
     results = []
     for recompute in ({}, options):
         torch.manual_seed(9)
         tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-        model = build({"architecture": "satformer"} | recompute)
+        model = build({"architecture": "satformer"} | (model_options or {}) | recompute)
         loss = mean_loss(model)
         loss.backward()
         results.append([loss] + [parameter.grad for parameter in model.parameters()])

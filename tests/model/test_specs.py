@@ -5,6 +5,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_satformer.arguments import has_transformer_engine
 from megatron_satformer.config import ARCHITECTURES, SATFormerConfig
@@ -13,7 +14,7 @@ from megatron_satformer.model.resformer import ResFormerAttention
 from megatron_satformer.model.satformer import SATFormerAttention
 from megatron_satformer.model.sdpa import ScaledDotProductAttention
 from megatron_satformer.model.specs import build_block_spec
-from megatron_satformer.parallel.carry import StageLayer
+from megatron_satformer.parallel.stages import StageLayer
 
 MODULES = {
     "transformer": SelfAttention,
@@ -43,6 +44,22 @@ def test_local_spec(architecture):
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
     }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("every", [2, [1, 0, 1, 0]], ids=str)
+def test_experts_change_the_mlp_alone(architecture, every):
+    options = {"architecture": architecture, "transformer_impl": "local"}
+    dense = build_block_spec(build_config(**options), pp_rank=0).layer_specs[0].submodules
+    config = build_config(**options, num_moe_experts=4, moe_ffn_hidden_size=8, moe_layer_freq=every)
+    layers = [spec.submodules for spec in build_block_spec(config, pp_rank=0).layer_specs]
+    assert [layer.mlp.func is MoELayer for layer in layers] == [True, False, True, False]
+    for layer in layers:
+        assert layer.self_attention == dense.self_attention
+        assert layer.input_layernorm is layer.pre_mlp_layernorm is build_norm
+    # As under Transformer Engine, which fuses this norm into a dense MLP only.
+    renamed = ["pre_mlp_layernorm." in layer.sharded_state_dict_keys_map for layer in layers]
+    assert renamed == [False, True, False, True]
 
 
 def test_attention_backend_local_is_megatrons():

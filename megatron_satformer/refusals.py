@@ -1,0 +1,306 @@
+"""What cannot work, refused before any process group or data exists.
+
+One line from rank 0, in the form *option (value) must ... other (value). What to do.* A user's
+contradiction is a ValueError, an unsupported combination a NotImplementedError with its reason.
+Must not know: modules, process groups, data files.
+"""
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
+
+from megatron_satformer.arguments import has_transformer_engine, importable
+from megatron_satformer.config import check_value_residual
+
+TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+NOT_GIVEN = (None, False)
+
+# Refused with every architecture: option -> reason.
+_PLAIN_TEXT = "pretrain_satformer.py trains on plain text from the start of each sample to its end"
+_HETEROGENEOUS = "all layers must project values the same way"
+_HYBRID = "not every layer is an attention layer"
+UNSUPPORTED = {
+    "sft": _PLAIN_TEXT,
+    "fim_data": _PLAIN_TEXT,
+    "perform_rl_step": _PLAIN_TEXT,
+    "logits_load_dir": _PLAIN_TEXT,
+    "logits_save_dir": _PLAIN_TEXT,
+    "hybrid_context_parallel": _PLAIN_TEXT,
+    "multi_latent_attention": "its values are not a plain projection of the layer's input",
+    "mtp_num_layers": "the prediction layers would need V1 behind the last stage",
+    "heterogeneous_layers_config_path": _HETEROGENEOUS,
+    "heterogeneous_layers_config_encoded_json": _HETEROGENEOUS,
+    "hybrid_layer_pattern": _HYBRID,
+    "hybrid_override_pattern": _HYBRID,
+    "is_hybrid_model": _HYBRID,
+    "experimental_attention_variant": "it replaces the attention that V1 is handed to",
+    "overlap_moe_expert_parallel_comm": "its schedule runs past the layer's forward, V1's way",
+    "moe_use_upcycling": "Megatron 0.19.2 would give the dense model experts too",
+    "freeze_all_layers": "Megatron 0.19.2 ignores it where a builder makes the model",
+    "apply_residual_connection_post_layernorm": "Megatron 0.19.2 no longer reads it",
+    "kitchen_config_file": "Kitchen's layers have not been tried",
+    "kitchen_recipe_number": "Kitchen's layers have not been tried",
+    "use_kitchen_attention": "Kitchen's layers have not been tried",
+}
+# Refused where there is a value residual: option -> reason.
+_ROWS = "it treats the rows of linear_qkv by position, and gate rows are among them"
+_STATIC = "V1 would have to be a static buffer"
+WITHOUT_V1 = {
+    "use_megatron_fsdp": "its sharding does not know the fused gate rows",
+    "use_torch_fsdp2": "its sharding does not know the fused gate rows",
+    "tensor_parallel_num_weight_shards": _ROWS,
+    "qk_clip": _ROWS,
+    "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
+    "fp4_param_gather": "the fused gate rows cannot be initialised in fp4",
+    "fine_grained_activation_offloading": "it frees layer 1's values, which are V1, after use",
+    "cpu_offloading_num_layers": "V1 outlives the layers whose activations it moves away",
+    "enable_cuda_graph": _STATIC,
+    "external_cuda_graph": _STATIC,
+    "ckpt_convert_format": "only torch_dist checkpoints store gates apart",
+}
+# What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
+ENGINE_ONLY = {
+    "fp8_format": "fp8",
+    "fp4_format": "fp4",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+} | {
+    name: name
+    for name in (
+        *("dataloader_inter_document_masking", "te_precision_config_file", "te_rng_tracker"),
+        *("tp_comm_overlap", "delay_wgrad_compute", "log_max_attention_logit", "qk_clip"),
+        *("fine_grained_activation_offloading", "cpu_offloading_num_layers"),
+        *(
+            "fp32_residual_connection",
+            "fused_residual_rmsnorm",
+            "use_te_activation_func",
+            "use_transformer_engine_op_fuser",
+        ),
+        *("use_grouped_gemm_for_dense_mlp", "batch_invariant_mode"),
+        *("moe_grouped_gemm", "moe_latent_size", "moe_permute_fusion", "moe_router_fusion"),
+        *("use_grouped_gemm_for_shared_expert", "overlap_dispatch_backward_with_experts_wgrad"),
+    )
+}
+# What torch's scaled_dot_product_attention lacks: option -> the value that asks for nothing.
+SDPA_LACKS = {
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "apply_query_key_layer_scaling": False,
+}
+ORTHOGONALISING = ("muon", "dist_muon", "adaptive_muon", "soap")
+
+
+def check_arguments(preview: Namespace, cuda: bool) -> None:
+    """Refuse what cannot work, before any process group or data exists.
+
+    Args:
+        preview: from `arguments.preview_arguments`.
+        cuda: whether the run uses CUDA.
+
+    Raises:
+        ValueError: an option that contradicts another.
+        NotImplementedError: a combination that is not supported, with the reason.
+    """
+    _check_device(preview, cuda)
+    if preview.spec is not None:
+        raise ValueError(
+            f"spec ({' '.join(preview.spec)}) must not be given: --architecture "
+            f"({preview.architecture}) chooses the layer. Leave --spec out."
+        )
+    _check_heads(preview)
+    if preview.architecture != "transformer":
+        _check_value_residual(preview)
+    check_model(preview, cuda)
+    _check_tokenizer(preview)
+    if preview.use_mup and not preview.scaled_output_init:
+        raise ValueError(
+            "use_mup (True) must come with --scaled-output-init: it scales the init of the output "
+            "projections itself. Add it, or leave --use-mup out."
+        )
+
+
+def check_model(args: Namespace, cuda: bool) -> None:
+    """The part of `check_arguments` that a checkpoint can bring in (--use-checkpoint-args).
+
+    Args:
+        args: as parsed, or the final arguments.
+        cuda: whether the run uses CUDA.
+
+    Raises:
+        ValueError: an option that contradicts another.
+        NotImplementedError: a combination that is not supported, with the reason.
+    """
+    _refuse(args, UNSUPPORTED)
+    backend = _backend(args, cuda)
+    _check_engine(args, cuda, backend)
+    _check_experts(args, cuda, backend)
+
+
+def _refuse(preview: Namespace, reasons: dict[str, str], beside: str = "", way: str = "") -> None:
+    for option, reason in reasons.items():
+        value = getattr(preview, option, None)
+        if value not in NOT_GIVEN:
+            raise NotImplementedError(
+                f"{option} ({value}) is not supported{beside}: {reason}. Leave it out{way}."
+            )
+
+
+def _check_device(preview: Namespace, cuda: bool) -> None:
+    if not cuda and (has_transformer_engine() or importable("amp_C")):
+        raise ValueError(
+            f"device ({preview.device}) is the CPU, and Transformer Engine or apex is installed: "
+            "Megatron takes their CUDA optimizers wherever they import. Use an environment without "
+            "them, or run on a GPU."
+        )
+
+
+def _check_engine(preview: Namespace, cuda: bool, chosen: str) -> None:
+    if chosen not in ("local", "transformer_engine"):
+        raise NotImplementedError(
+            f"transformer_impl ({chosen}) is not supported: its layers are made for inference. Use "
+            "--transformer-impl transformer_engine or local."
+        )
+    for option, value in _wants_engine(preview).items():
+        if not has_transformer_engine():
+            raise ValueError(
+                f"{option} ({value}) needs Transformer Engine, which is not installed. "
+                f"Install it ({TE_INSTALL}), or leave --{option.replace('_', '-')} out."
+            )
+        if not cuda:
+            raise ValueError(
+                f"{option} ({value}) needs a GPU: Transformer Engine has no CPU kernels. "
+                f"Leave --{option.replace('_', '-')} out, or run with --device cuda."
+            )
+        if chosen == "local":
+            raise ValueError(
+                f"{option} ({value}) must come with --transformer-impl transformer_engine, not "
+                f"({chosen})."
+            )
+    if chosen == "local" and str(preview.attention_backend) != "AttnBackend.local":
+        for option, default in SDPA_LACKS.items():
+            value = getattr(preview, option)
+            if value != default:
+                raise ValueError(
+                    f"{option} ({value}) must come with --attention-backend local: torch's "
+                    "scaled_dot_product_attention does not have it. Add it, or use --transformer-"
+                    "impl transformer_engine."
+                )
+
+
+def _backend(preview: Namespace, cuda: bool) -> str:
+    engine = cuda and has_transformer_engine()
+    return preview.transformer_impl or ("transformer_engine" if engine else "local")
+
+
+def _wants_engine(preview: Namespace) -> dict[str, Any]:
+    wanted = {option: getattr(preview, name) for option, name in ENGINE_ONLY.items()}
+    wanted = {option: value for option, value in wanted.items() if value not in NOT_GIVEN}
+    if preview.transformer_impl == "transformer_engine":
+        wanted["transformer_impl"] = preview.transformer_impl
+    if preview.context_parallel_size > 1:
+        wanted["context_parallel_size"] = preview.context_parallel_size
+    if {"layernorm", "moe_act"} & set(preview.recompute_modules or []):
+        # Megatron's recomputed norm asks TE about fp8; moe_act wants grouped GEMMs.
+        wanted["recompute_modules"] = " ".join(preview.recompute_modules)
+    return wanted
+
+
+def _check_heads(preview: Namespace) -> None:
+    if preview.num_query_groups != 1 and not preview.group_query_attention:
+        raise ValueError(
+            f"num_query_groups ({preview.num_query_groups}) must come with "
+            "--group-query-attention. Add it, or leave --num-query-groups out."
+        )
+
+
+def _check_tokenizer(preview: Namespace) -> None:
+    needs_file = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+    model = preview.tokenizer_model
+    if preview.tokenizer_type in needs_file and not (model and os.path.isfile(model)):
+        raise ValueError(
+            f"tokenizer_model ({model}) must be an existing file for tokenizer_type "
+            f"({preview.tokenizer_type}). Mend the path, or train one (tools/train_tokenizer.py)."
+        )
+
+
+def _check_async_save(preview: Namespace) -> None:
+    if not preview.async_save:
+        return
+    if not preview.use_persistent_ckpt_worker:
+        raise ValueError(
+            "async_save (True) must come with --use-persistent-ckpt-worker: Megatron 0.19.2 turns "
+            "it off otherwise. Add it, or leave --async-save out."
+        )
+    try:
+        get_async_strategy(preview.async_strategy)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"async_strategy ({preview.async_strategy}) needs a version of nvidia-resiliency-ext "
+            "that Megatron 0.19.2 can use, and there is none. Install one, or use "
+            "--async-strategy mcore."
+        ) from error
+
+
+def _check_experts(preview: Namespace, cuda: bool, backend: str) -> None:
+    if not preview.num_experts:
+        return
+    tp, sequence_parallel = preview.tensor_model_parallel_size, preview.sequence_parallel
+    if tp > 1 and not sequence_parallel:
+        raise ValueError(
+            f"sequence_parallel (False) must be on for num_experts ({preview.num_experts}) with "
+            f"tensor_model_parallel_size ({tp}): Megatron's experts train in no other way. Add "
+            "--sequence-parallel."
+        )
+    if preview.add_bias_linear:
+        shared = preview.moe_shared_expert_intermediate_size
+        if shared:
+            raise ValueError(
+                "add_bias_linear (True) must be off for moe_shared_expert_intermediate_size "
+                f"({shared}): Megatron's shared experts have no bias. Leave --add-bias-linear out."
+            )
+        if backend == "local":
+            raise ValueError(
+                f"add_bias_linear (True) must be off for num_experts ({preview.num_experts}) "
+                "without Transformer Engine: Megatron 0.19.2 adds the bias of an expert in place, "
+                "which autograd forbids. Leave --add-bias-linear out."
+            )
+    if preview.moe_token_dispatcher_type == "flex" and not cuda:
+        raise ValueError(
+            "moe_token_dispatcher_type (flex) needs a GPU: its backends are CUDA libraries. Use "
+            "--moe-token-dispatcher-type alltoall or allgather."
+        )
+
+
+def _check_value_residual(preview: Namespace) -> None:
+    if preview.num_layers is not None and not preview.use_checkpoint_args:
+        _check_groups_and_range(preview)
+    if preview.architecture == "resformer":
+        gate_options = {"value_gate": "relu", "value_gate_bias": False, "value_gate_init_std": None}
+        for option, default in gate_options.items():
+            if getattr(preview, option) != default:
+                raise ValueError(
+                    f"{option} ({getattr(preview, option)}) must not be given with architecture "
+                    "(resformer), which has no gate. Leave it out, or use --architecture satformer."
+                )
+    reasons = dict(WITHOUT_V1)
+    # Options whose default is a word.
+    if preview.cuda_graph_impl != "none":
+        reasons["cuda_graph_impl"] = _STATIC
+    if preview.optimizer in ORTHOGONALISING:
+        reasons["optimizer"] = "it orthogonalises linear_qkv, gate rows included"
+    if preview.ckpt_format != "torch_dist":
+        reasons["ckpt_format"] = "only torch_dist checkpoints store gates apart"
+    beside = f" with architecture ({preview.architecture})"
+    _refuse(preview, reasons, beside, ", or use --architecture transformer")
+
+
+def _check_groups_and_range(preview: Namespace) -> None:
+    groups = preview.num_query_groups if preview.group_query_attention else None
+    check_value_residual(
+        architecture=preview.architecture,
+        num_layers=preview.num_layers,
+        last_k=preview.value_residual_last_k,
+        groups=groups or preview.num_attention_heads or 0,
+        tp=preview.tensor_model_parallel_size,
+    )

@@ -1,0 +1,40 @@
+"""Megatron's options that change attention itself, with V1, cut over ranks."""
+
+import pytest
+
+from tests.small import PP2, RTOL, SP, TP2
+
+GQA = "--group-query-attention --num-query-groups 2"
+MODELS = {
+    "output gate": f"--attention-output-gate {GQA}",
+    "window and sinks": "--attention-backend local --window-size 8,0 --softmax-type learnable",
+    "no RoPE in two layers, muP": "--no-rope-freq [0,1,0,1] --use-mup --scaled-output-init",
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_layout_equals_one_rank(started, pretrain, model):
+    flags, one = started("satformer", MODELS[model])
+    run = pretrain(4, *flags, *f"{TP2} {PP2} {SP}".split())
+    assert run.losses == pytest.approx(one.losses, rel=RTOL)
+    assert run.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "--recompute-granularity selective --recompute-modules mlp core_attn"),
+        (1, "--mlp-chunks-for-training 2"),
+        (
+            2,
+            f"{TP2} --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 2 --distribute-saved-activations",
+        ),
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_nothing(started, pretrain, ranks, flags):
+    common, one = started("satformer")
+    run = pretrain(ranks, *common, *flags.split())
+    assert run.losses == pytest.approx(one.losses, rel=RTOL)
+    assert run.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
