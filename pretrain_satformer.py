@@ -13,7 +13,6 @@ _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports 
 import json
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # Megatron tells a dozen times per rank what is not installed; the report at start says it once.
@@ -60,9 +59,9 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_satformer import arguments
+from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.checkpoint.reader import TRACKER, open_checkpoint
+from megatron_satformer.checkpoint.resume import check_resume, starts_from_transformer
 from megatron_satformer.config import SATFormerConfig
 from megatron_satformer.data.preflight import check_training_data
 from megatron_satformer.errors import only_rank_0_speaks, usage_errors
@@ -70,14 +69,14 @@ from megatron_satformer.model.builder import (
     SATFormerModelConfig,
     layer_spec_builder,
 )
-from megatron_satformer.parallel.carry import StageLayer, check_stages
+from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
+from megatron_satformer.parallel.stages import StageLayer, finish_chunks
 from megatron_satformer.report import describe_run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 OTHER_KEYS = ("local_cp_size", "hybrid_cp_group")
-MODEL_OPTIONS = ("value_gate", "value_gate_bias", "value_residual_last_k")
 SPIKE = 10.0  # times the largest loss seen
 
 
@@ -288,8 +287,11 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
 def build_model_config(args: Any) -> SATFormerModelConfig:
     """The model that the arguments describe; its `builder` builds it."""
     config = core_transformer_config_from_args(args, SATFormerConfig)
+    if starts_from_transformer(args):
+        config.expect_transformer(True)
     model = gpt_config_from_args(args, config, SATFormerModelConfig)
     model.transformer_layer_spec = layer_spec_builder(StageLayer)
+    model.pre_wrap_hooks = [*model.pre_wrap_hooks, finish_chunks]
     return model
 
 
@@ -318,25 +320,6 @@ def check_data(args: Any) -> None:
     print(f"> data: {summary.documents:,} documents, {summary.tokens:,} tokens", flush=True)
 
 
-def check_resume(args: Any) -> None:
-    """Refuse to continue a checkpoint as another model; Megatron compares its own options only.
-
-    Raises:
-        ValueError: an option of the value residual differs from the checkpoint's.
-    """
-    if args.load is None or args.finetune or not (Path(args.load) / TRACKER).is_file():
-        return
-    saved = open_checkpoint(Path(args.load), args.ckpt_step).args
-    options = () if args.architecture == "transformer" else MODEL_OPTIONS
-    for option in ("architecture", *options):
-        mine, theirs = getattr(args, option), getattr(saved, option, "transformer")
-        if mine != theirs:
-            raise ValueError(
-                f"{option} ({mine}) must be that of the checkpoint in load ({args.load}), which "
-                f"is ({theirs}). Give it on the command line, or load another checkpoint."
-            )
-
-
 def configure() -> tuple[Any, SATFormerModelConfig]:
     """Arguments and model, checked; nothing distributed exists yet.
 
@@ -347,17 +330,21 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
         with only_rank_0_speaks():
             preview = arguments.preview_arguments()
         cuda = choose_device(preview.device)
-        arguments.check_arguments(preview, cuda)
+        refusals.check_arguments(preview, cuda)
         defaults = arguments.resolve_defaults(preview, cuda)
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )
+        if args.use_checkpoint_args:
+            refusals.check_model(args, cuda)  # now that the checkpoint has spoken
         model = build_model_config(args)
-        check_stages(model.transformer)
+        check_ranks_hold_something(model.transformer)
         if args.rank == 0:
             check_resume(args)
             check_data(args)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
+            if model.transformer.gate_warning:
+                print(f"WARNING: {model.transformer.gate_warning}", flush=True)
     return args, model
 
 

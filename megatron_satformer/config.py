@@ -5,7 +5,7 @@ One source of truth per number: a field here is a flag of the same name on the c
 Must not know: modules, process groups, training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.core.transformer import TransformerConfig
@@ -34,7 +34,8 @@ class ValueResidualOptions:
 
     value_gate_init_std: float | None = None
     """Standard deviation of the gate projection at init. Default: that of the other weights
-    (--init-method-std). 0 starts as a plain Transformer."""
+    (--init-method-std). 0 starts as a plain Transformer with tanh and identity; relu gates would
+    never open, having no gradient at 0, and the others start open."""
 
     value_residual_last_k: int | None = None
     """Mix V1 into the last k layers only, 1 <= k <= num_layers - 1. Default: into all but the
@@ -44,6 +45,12 @@ class ValueResidualOptions:
     """Scale the init of the output projections (linear_proj, linear_fc2) by 1/sqrt(2 num_layers),
     Megatron's default. Without it they are N(0, init_method_std) like the rest, as published."""
 
+    from_transformer: bool = False
+    """Start a satformer from the weights of a plain Transformer, saved by this project or by
+    Megatron-LM: its folder is --pretrained-checkpoint (read until --load holds a checkpoint, so
+    that the same command line resumes), or --load with --finetune. The gates keep their own init;
+    optimizer, schedule and data start afresh."""
+
 
 @dataclass
 class SATFormerConfig(TransformerConfig, ValueResidualOptions):
@@ -51,7 +58,10 @@ class SATFormerConfig(TransformerConfig, ValueResidualOptions):
 
     Raises:
         ValueError: an option is out of its range (the message names option, value and way out).
+        NotImplementedError: fused_single_qkv_rope, which has no flag.
     """
+
+    expects_transformer: bool = field(default=False, init=False)  # see expect_transformer
 
     def __post_init__(self) -> None:
         if self.architecture != "transformer":
@@ -65,6 +75,11 @@ class SATFormerConfig(TransformerConfig, ValueResidualOptions):
         given = getattr(self, "output_layer_init_method", None)
         if given is None and not self.scaled_output_init:
             self.output_layer_init_method = init_method_normal(self.init_method_std)
+        if self.fused_single_qkv_rope:
+            raise NotImplementedError(
+                "fused_single_qkv_rope (True) is not supported: it never splits V off, which the "
+                "value residual is added to. Leave it out."
+            )
         check_value_residual(
             architecture=self.architecture,
             num_layers=self.num_layers,
@@ -74,12 +89,37 @@ class SATFormerConfig(TransformerConfig, ValueResidualOptions):
         )
         super().__post_init__()
 
+    def expect_transformer(self, expected: bool) -> None:
+        """Give checkpoint entries the form of a plain Transformer, or of this model.
+
+        Args:
+            expected: whether the next checkpoint to be read is a Transformer's, which has no gates
+                and holds all layers of a kind in one tensor.
+        """
+        self.expects_transformer = expected
+        self.hetereogenous_dist_checkpoint = not expected
+
     def mixes(self, layer_number: int) -> bool:
         """Whether layer `layer_number` (1-based) mixes V1 into its values."""
         if self.architecture == "transformer":
             return False
         last_k = self.value_residual_last_k or self.num_layers - 1
         return layer_number > max(1, self.num_layers - last_k)
+
+    @property
+    def gate_warning(self) -> str | None:
+        """What is wrong with gates whose projection starts at exactly 0."""
+        if self.architecture != "satformer" or self.value_gate_init_std != 0:
+            return None
+        starts = f"value_gate ({self.value_gate}) with value_gate_init_std (0)"
+        if self.value_gate == "relu":
+            return (
+                f"{starts} never opens: relu has no gradient at 0. Use --value-gate tanh or "
+                "identity, which start at 0 and learn, or a small --value-gate-init-std (1e-3)."
+            )
+        if self.value_gate not in ("tanh", "identity"):
+            return f"{starts} starts open. Only tanh and identity start at 0 and learn."
+        return None
 
     @property
     def num_mixing_layers(self) -> int:

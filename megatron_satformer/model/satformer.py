@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
     ReplicaId,
     ShardedStateDict,
     ShardedTensor,
@@ -52,6 +53,8 @@ class SATFormerAttention(ValueResidualAttention):
             self._gate_logits: Tensor | None = None
             self._init_gate_rows()
             self.linear_qkv.register_forward_hook(self._keep_gate_logits)
+        if config.expects_transformer:
+            self.register_load_state_dict_post_hook(_transformer_was_read)
 
     @property
     def _row_counts(self) -> list[int]:
@@ -69,6 +72,14 @@ class SATFormerAttention(ValueResidualAttention):
         assert logits is not None, "linear_qkv did not run before blend"
         alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
+
+    # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As ValueResidualAttention's; a call that fails leaves no logits on the module."""
+        try:
+            return super().get_query_key_value_tensors(*args, **kwargs)
+        finally:
+            self._gate_logits = None
 
     def _keep_gate_logits(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> Any:
         # A hook, because SelfAttention (0.19.2) calls linear_qkv and splits its output itself.
@@ -105,28 +116,38 @@ class SATFormerAttention(ValueResidualAttention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron's entries, with `value_gate` apart from `linear_qkv` and no padding."""
+        """Megatron's entries, with `value_gate` apart from `linear_qkv` and no padding.
+
+        Where a plain Transformer's checkpoint is expected (--from-transformer) the gate has none.
+        """
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.mixes:
-            wanted = {"weight": (True, True)}
+            gate = not self.config.expects_transformer
+            wanted = {"weight": (True, gate)}
             if self._has_bias:
-                wanted["bias"] = (self._has_qkv_bias, self.config.value_gate_bias)
+                wanted["bias"] = (self._has_qkv_bias, self.config.value_gate_bias and gate)
             for name, pieces in wanted.items():
                 key = f"{prefix}linear_qkv.{name}"
-                entries[key] = self._split_entry(entries[key], pieces)
+                entries[key] = self._split_entry(entries[key], pieces, sharded_offsets)
         return entries
 
-    def _split_entry(self, whole: ShardedTensor, pieces: tuple[bool, bool]) -> Any:
+    def _split_entry(
+        self, whole: ShardedTensor, pieces: tuple[bool, bool], sharded_offsets: tuple
+    ) -> Any:
         """Factory for one fused tensor; `pieces`: whether its q/k/v and gate rows are saved."""
-        rows = self._row_counts
-        rank, size = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        if not any(pieces):
+            return LocalNonpersistentObject(whole.data)
+        rows, axes = self._row_counts, len(sharded_offsets)
+        tp = axes, self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        # What a Transformer's checkpoint lacks stays as it is now: weights only, never moments.
+        kept = whole.data if self.config.expects_transformer else None
 
         @torch.no_grad()
         def build(key: str, fused: Tensor, replica_id: ReplicaId, _: slice | None) -> dict:
             names = key, key.replace("linear_qkv", "value_gate")
             return {
                 name: ShardedTensor.from_rank_offsets(
-                    name, piece, (0, rank, size), replica_id=replica_id
+                    name, piece, *sharded_offsets, tp, replica_id=replica_id, prepend_axis_num=axes
                 )
                 for name, piece, saved in zip(names, fused.split(rows), pieces, strict=False)
                 if saved
@@ -136,12 +157,19 @@ class SATFormerAttention(ValueResidualAttention):
         def merge(loaded: dict) -> Tensor:
             sample = next(iter(loaded.values()))
             fused = sample.new_zeros((sum(rows), *sample.shape[1:]))
+            if kept is not None:
+                fused.copy_(kept)
             for name, piece in loaded.items():
                 start = rows[0] if "value_gate" in name else 0
                 fused[start : start + len(piece)] = piece
             return fused
 
         return ShardedTensorFactory(whole.key, whole.data, build, merge, whole.replica_id)
+
+
+def _transformer_was_read(attention: SATFormerAttention, _: Any) -> None:
+    # All chunks have handed out their entries by now; what is saved from here on has gates.
+    attention.config.expect_transformer(False)
 
 
 def _padding(rows: int) -> int:
