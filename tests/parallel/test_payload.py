@@ -1,0 +1,287 @@
+"""What crosses a stage boundary: the published formula, and not one message more than Megatron's.
+
+Every case runs pretrain_satformer.main() for two training steps and two evaluations and counts,
+on every rank, each message with its direction, peer, shape and bytes (see payload.py).
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from tests.small import PP2, SHAPE, SP, TP2
+
+HIDDEN, SEQUENCE, BATCH, MICRO_BATCHES = 64, 64, 2, 4  # as SHAPE has them
+HEADS, HEAD_DIM = 8, 8
+FLAGS = [*SHAPE, *f"--num-attention-heads {HEADS} --train-iters 2".split()]
+FLAGS += "--mock-data --tokenizer-type NullTokenizer --vocab-size 127".split()
+GQA = f"--group-query-attention --num-query-groups {HEADS // 4}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Flags of a layout and what they mean, told apart from how Megatron reads them."""
+
+    flags: str
+    pp: int
+    tp: int = 1
+    sp: bool = False
+    virtual: int = 1
+    layers: int = 4
+    hidden_alone: tuple[int, ...] = ()  # boundaries that no V1 has to cross
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp
+
+
+LAYOUTS = {
+    "PP2": Layout(PP2, pp=2),
+    "PP4": Layout("--pipeline-model-parallel-size 4", pp=4, layers=8),
+    "PP2 x 2 virtual": Layout(f"{PP2} --num-layers-per-virtual-pipeline-stage 1", pp=2, virtual=2),
+    "PP4 x 2 virtual": Layout(
+        "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1",
+        pp=4,
+        virtual=2,
+        layers=8,
+    ),
+    "PP4 x 2 virtual, batched": Layout(
+        "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--no-overlap-p2p-communication",
+        pp=4,
+        virtual=2,
+        layers=8,
+    ),
+    "TP2 x PP2": Layout(f"{TP2} {PP2}", pp=2, tp=2),
+    "TP2 x PP2 + SP": Layout(f"{TP2} {PP2} {SP}", pp=2, tp=2, sp=True),
+    "TP2 x PP2 x 2 virtual + SP": Layout(
+        f"{TP2} {PP2} {SP} --num-layers-per-virtual-pipeline-stage 1",
+        pp=2,
+        tp=2,
+        sp=True,
+        virtual=2,
+    ),
+    # Chunks without layers: before layer 1 there is no V1 and behind the last nobody reads it.
+    "PP4, E|tt|tt|L": Layout(
+        "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout E|tt|tt|L",
+        pp=4,
+        hidden_alone=(0, 2),
+    ),
+    "PP4, Et|tt|t|L": Layout(
+        "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|tt|t|L",
+        pp=4,
+        hidden_alone=(2,),
+    ),
+    # The interleaved schedule has one width for every boundary.
+    "PP2 x 2, E|tt|tt|L": Layout(
+        f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", pp=2, virtual=2
+    ),
+}
+MODELS = {
+    "transformer": ("transformer", HEADS, ""),
+    "satformer, MHA": ("satformer", HEADS, ""),
+    "satformer, GQA": ("satformer", HEADS // 4, GQA),
+    "satformer, last layer mixes": ("satformer", HEADS, "--value-residual-last-k 1"),
+    "resformer": ("resformer", HEADS, ""),
+}
+FAST = [
+    *(("PP2", model) for model in MODELS if "last" not in model),
+    ("PP2 x 2 virtual", "satformer, GQA"),
+    ("TP2 x PP2 + SP", "satformer, GQA"),
+]
+
+
+@dataclass
+class Record:
+    """What `payload.count` wrote, one entry per rank, and what rank 0 printed."""
+
+    ranks: list[dict]
+    output: str
+
+    def of(self, rank: int, *names: str) -> list:
+        return [[schedule[name] for name in names] for schedule in self.ranks[rank]["schedules"]]
+
+
+@pytest.fixture(scope="module")
+def recorded(zygote, tmp_path_factory):
+    """Runs a layout and a model once; `megatrons_own` is plain Megatron's communicator."""
+    made: dict[tuple, Record] = {}
+
+    def run(layout: Layout, *flags: str, megatrons_own: bool = False) -> Record:
+        key = (layout, flags, megatrons_own)
+        if key not in made:
+            path = tmp_path_factory.mktemp("traffic") / "record"
+            argv = [*FLAGS, "--num-layers", str(layout.layers), *layout.flags.split(), *flags]
+            job = zygote.run(
+                layout.ranks,
+                call="tests.parallel.payload:count",
+                args=[str(path), argv, megatrons_own],
+            )
+            assert job.codes == [0] * layout.ranks, job.output[-6000:]
+            ranks = [json.loads(path.with_suffix(f".{n}").read_text()) for n in range(layout.ranks)]
+            made[key] = Record(ranks, job.output)
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(recorded):
+    """The plain Transformer in the same layout, by Megatron's own communicator."""
+    return lambda layout, *flags: recorded(
+        layout, "--architecture", "transformer", *flags, megatrons_own=True
+    )
+
+
+def boundary_width(layout: Layout, architecture: str, groups: int, boundary: int) -> int:
+    """The table of docs/design.md, written out once more."""
+    if architecture == "transformer" or boundary in layout.hidden_alone:
+        return HIDDEN
+    kv = groups * HEAD_DIM
+    return HIDDEN + (kv if layout.sp else kv // layout.tp)
+
+
+def messages_of_one_micro_batch(
+    layout: Layout, architecture: str, groups: int, rank: int, forward_only: bool, itemsize: int = 4
+) -> Counter:
+    """(direction, sent or received, peer, shape, bytes) of one micro-batch on one rank."""
+    rows = SEQUENCE // layout.tp if layout.sp else SEQUENCE
+    stage, tp_rank = divmod(rank, layout.tp)
+    expected: Counter = Counter()
+    for boundary in range(layout.pp * layout.virtual - 1):
+        width = boundary_width(layout, architecture, groups, boundary)
+        what = ((rows, BATCH, width), rows * BATCH * width * itemsize)
+        before, behind = boundary % layout.pp, (boundary + 1) % layout.pp
+        if stage == before:
+            peer = behind * layout.tp + tp_rank
+            expected["forward", "sent", peer, *what] += 1
+            expected["backward", "received", peer, *what] += not forward_only
+        if stage == behind:
+            peer = before * layout.tp + tp_rank
+            expected["forward", "received", peer, *what] += 1
+            expected["backward", "sent", peer, *what] += not forward_only
+    return +expected
+
+
+def check_messages(record: Record, layout: Layout, architecture: str, groups: int, **more) -> None:
+    for rank in range(layout.ranks):
+        schedules = record.ranks[rank]["schedules"]
+        assert [s["forward_only"] for s in schedules] == [False, False, True, True]
+        for schedule in schedules:
+            one = messages_of_one_micro_batch(
+                layout, architecture, groups, rank, schedule["forward_only"], **more
+            )
+            got = Counter(
+                (d, way, peer, tuple(shape), n) for d, way, peer, shape, n in schedule["messages"]
+            )
+            assert got == Counter({message: MICRO_BATCHES * n for message, n in one.items()})
+            # Below the communicator nothing else was sent: no shapes, no second message for V1.
+            for way in ("sent", "received"):
+                sizes = [n for _, w, _, _, n in schedule["messages"] if w == way]
+                assert schedule[way] == {"messages": len(sizes), "bytes": sum(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        pytest.param(layout, model, marks=() if (layout, model) in FAST else pytest.mark.slow)
+        for layout in LAYOUTS
+        for model in MODELS
+    ],
+)
+def test_messages_are_the_formula_and_megatrons_number(recorded, plain, layout, model):
+    layout, (architecture, groups, flags) = LAYOUTS[layout], MODELS[model]
+    record = recorded(layout, "--architecture", architecture, *flags.split())
+    check_messages(record, layout, architecture, groups)
+    check_report(record, layout, architecture, groups)
+    reference = plain(layout)
+    for rank in range(layout.ranks):
+        # The same messages in the same order to the same peers, as many synchronises, and the
+        # host never waits for a value more often.
+        for mine, theirs in zip(
+            record.of(rank, "messages", "synchronises", "host_reads"),
+            reference.of(rank, "messages", "synchronises", "host_reads"),
+            strict=True,
+        ):
+            assert [m[:3] for m in mine[0]] == [m[:3] for m in theirs[0]]
+            assert mine[1:] == theirs[1:]
+    check_collectives(record, reference, layout, architecture)
+
+
+@pytest.mark.parametrize(
+    ("model", "ratio"), [("transformer", 1), ("satformer, MHA", 2), ("satformer, GQA", 1.25)]
+)
+def test_figures_of_the_design(recorded, model, ratio):
+    """docs/design.md, How V1 travels: elements per token at a boundary, 2h and 1.25h."""
+    architecture, _, flags = MODELS[model]
+    record = recorded(LAYOUTS["PP2"], "--architecture", architecture, *flags.split())
+    ((messages,), *_) = record.of(0, "messages")
+    assert {shape[-1] for _, _, _, shape, _ in messages} == {ratio * HIDDEN}
+
+
+@pytest.mark.parametrize(
+    "layout", ["PP2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)]
+)
+def test_bf16_halves_the_bytes(recorded, layout):
+    layout = LAYOUTS[layout]
+    record = recorded(layout, "--architecture", "satformer", "--bf16")
+    check_messages(record, layout, "satformer", HEADS, itemsize=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["softmax", "softmax_sigmoid"])
+def test_softmax_gates_cost_one_gather_and_one_scatter(recorded, gate):
+    """Of [s, b, ng] per mixing layer and micro-batch, and nothing at a boundary."""
+    layout = LAYOUTS["TP2 x PP2"]
+    record = recorded(layout, "--architecture", "satformer", "--value-gate", gate)
+    check_messages(record, layout, "satformer", HEADS)
+    relu = recorded(layout, "--architecture", "satformer")
+    share = SEQUENCE * BATCH * HEADS // layout.tp
+    for rank in range(layout.ranks):
+        mixing = 1 if rank < layout.tp else 2
+        pairs = zip(record.of(rank, "collectives"), relu.of(rank, "collectives"), strict=True)
+        for (mine,), (theirs,) in list(pairs)[:1]:
+            assert dict(Counter(mine) - Counter(theirs)) == {
+                f"c10d._allgather_base_ over 2 ranks x {share * layout.tp}": mixing * MICRO_BATCHES,
+                f"c10d._reduce_scatter_base_ over 2 ranks x {share}": mixing * MICRO_BATCHES,
+            }
+
+
+def check_report(record: Record, layout: Layout, architecture: str, groups: int) -> None:
+    """What rank 0 prints at start is the widest boundary of these."""
+    boundaries = range(layout.pp * layout.virtual - 1)
+    width = max(boundary_width(layout, architecture, groups, b) for b in boundaries)
+    size = SEQUENCE * BATCH * width * 4 // (layout.tp if layout.sp else 1)
+    assert (
+        f"v1 payload: {width} elements per row instead of {HIDDEN} ({width / HIDDEN:.2f}x), "
+        f"{size / 2**20:.2f} MiB per boundary, micro-batch and rank, each way"
+    ) in record.output
+
+
+def check_collectives(record: Record, reference: Record, layout: Layout, architecture: str) -> None:
+    """As plain Megatron's, in the schedule and in the whole step; ResFormer sums its lambdas.
+
+    lambda_logits (one per mixing layer) and lambda_scale: one all-reduce over stages. Under tensor
+    parallelism those of all chunks and every lambda2: one more over the heads' ranks.
+    """
+    for rank in range(layout.ranks):
+        mine, theirs = record.ranks[rank], reference.ranks[rank]
+        for kind in ("schedules", "steps"):
+            for own, plain in zip(mine[kind], theirs[kind], strict=True):
+                extra = Counter(own["collectives"]) - Counter(plain["collectives"])
+                lacking = Counter(plain["collectives"]) - Counter(own["collectives"])
+                assert not lacking
+                wanted: Counter = Counter()
+                if architecture == "resformer" and not own.get("forward_only"):
+                    wanted[f"c10d.allreduce_ over {layout.pp} ranks x {layout.layers}"] += 1
+                    if layout.tp > 1:
+                        elements = lambdas_on_rank(layout, rank)
+                        wanted[f"c10d.allreduce_ over {layout.tp} ranks x {elements}"] += 1
+                assert extra == wanted
+
+
+def lambdas_on_rank(layout: Layout, rank: int) -> int:
+    """Logits and scale of every chunk, lambda2 of every layer but the first of the model."""
+    layers = layout.layers // layout.pp - (rank // layout.tp == 0)
+    return layout.virtual * layout.layers + layers
