@@ -5,7 +5,7 @@
 #   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean distclean
+.PHONY: help install quickstart test test-all parity lint format clean distclean
 
 BIN := .venv/bin
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
@@ -13,7 +13,7 @@ SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -
 help: ## list the targets
 	@sed -n 's/^# *make help.*Options/Options/p; s/^#   /  /p' Makefile
 	@echo
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 install: ## make .venv with everything in it; does nothing when it is complete
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" tools/install.sh
@@ -21,8 +21,14 @@ install: ## make .venv with everything in it; does nothing when it is complete
 quickstart: install ## corpus to trained, converted and sampled model, in runs/quickstart
 	$(BIN)/python tools/quickstart.py $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
 
-test: install ## the whole test suite
+test: install ## the tests without those marked slow
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install ## the whole test suite, as continuous integration runs it
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
+	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)
 
 lint: install ## ruff, mypy and shellcheck
 	$(BIN)/python -m ruff format --check
