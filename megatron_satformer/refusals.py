@@ -113,6 +113,7 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
         _check_value_residual(preview)
     check_model(preview, cuda)
     _check_tokenizer(preview)
+    _check_async_save(preview)
     if preview.use_mup and not preview.scaled_output_init:
         raise ValueError(
             "use_mup (True) must come with --scaled-output-init: it scales the init of the output "

@@ -12,6 +12,10 @@ import pytest
 from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
 from megatron_satformer.data.tokenizers import TokenizerOptions
 from megatron_satformer.data.train_tokenizer import train_tokenizer
+from tests.parallel.matrix_table import (  # noqa: F401
+    pytest_addoption,
+    pytest_terminal_summary,
+)
 from tests.small import SHAPE
 from tests.texts import source_texts, write_lines
 
@@ -86,11 +90,6 @@ class Zygote:
             # Another process may have taken the port before rank 0 did: then nothing has begun.
             if "EADDRINUSE" not in run.output:
                 return run
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    # Here, because pytest reads the conftest of a subfolder too late for options.
-    parser.addoption("--matrix-table", metavar="FILE", help="write the parity matrix into FILE")
 
 
 @pytest.fixture(scope="session")

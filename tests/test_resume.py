@@ -24,8 +24,6 @@ SLOW = pytest.mark.slow
         (2, f"{PP2} --bf16"),
         (2, f"{DO} {DROPOUT}"),
         (2, f"{TP2} {SP} {DROPOUT}"),
-        pytest.param(2, DO, marks=SLOW),
-        pytest.param(2, f"{PP2} --attention-dropout 0.1", marks=SLOW),
         pytest.param(2, VIRTUAL, marks=SLOW),
         pytest.param(2, f"{DO} {FP16}", marks=SLOW),
         pytest.param(2, f"{PP2} {DO} {ASYNC}", marks=SLOW),

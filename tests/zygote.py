@@ -4,7 +4,9 @@ Reads one JSON job per line from stdin, {"ranks", "call" or "argv", "log", "port
 with one line, the list of exit codes. Computes nothing itself, so that forking stays safe.
 """
 
+import functools
 import importlib
+import inspect
 import json
 import multiprocessing.util
 import os
@@ -18,6 +20,12 @@ import transformers.configuration_utils  # noqa: F401
 from megatron.training.global_vars import get_tensorboard_writer
 
 import pretrain_satformer
+from megatron_satformer import arguments
+
+# Megatron reads its own source for the help texts at every parse.
+inspect.getsource = functools.cache(inspect.getsource)
+sys.argv[1:] = []
+arguments.preview_arguments()
 
 
 def _serve() -> None:

@@ -27,6 +27,10 @@ def table(cells: list[tuple]) -> str:
     return "\n".join(lines)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--matrix-table", metavar="FILE", help="write the parity matrix into FILE")
+
+
 def pytest_terminal_summary(terminalreporter, config):
     target = config.getoption("--matrix-table")
     cells = list(measured(terminalreporter.stats.get("passed", [])))
