@@ -12,7 +12,7 @@ _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports 
 
 import json
 import warnings
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 # Megatron tells a dozen times per rank what is not installed; the report at start says it once.
@@ -63,7 +63,14 @@ from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.resume import check_resume, starts_from_transformer
 from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.data.preflight import check_training_data
+from megatron_satformer.data.index_cache import (
+    find_index_sets,
+    muted_logging,
+    plan_config,
+    prepare_index_sets,
+)
+from megatron_satformer.data.preflight import DataSummary, check_data_options, describe_data
+from megatron_satformer.data.samples import planned_samples
 from megatron_satformer.errors import only_rank_0_speaks, usage_errors
 from megatron_satformer.model.builder import (
     SATFormerModelConfig,
@@ -227,19 +234,24 @@ def train_valid_test_datasets_provider(
         vp_stage: virtual pipeline stage.
     """
     args = get_args()
+    if args.rank == 0:
+        with usage_errors():
+            prepare_data(tuple(train_val_test_num_samples))  # done already, as a rule
     print_rank_0("> building train, validation, and test datasets ...")
-    datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        train_val_test_num_samples,
-        partial(_reads_data, vp_stage),
-        _dataset_config(args),
-    ).build()
+    datasets = _build_datasets(
+        args, train_val_test_num_samples, partial(_reads_data, vp_stage), _dataset_config(args)
+    )
     print_rank_0("> finished creating datasets ...")
     return datasets
 
 
 # Megatron's sign that datasets are built on every rank that reads data.
 setattr(train_valid_test_datasets_provider, "is_distributed", True)  # noqa: B010
+
+
+def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfig) -> list[Any]:
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, samples, reads, config).build()
 
 
 def _reads_data(vp_stage: int | None) -> bool:
@@ -295,29 +307,32 @@ def build_model_config(args: Any) -> SATFormerModelConfig:
     return model
 
 
-def check_data(args: Any) -> None:
+@cache
+def check_data() -> DataSummary:
     """Look at every data file before any work starts; see data.preflight."""
+    args = get_args()
+    return check_data_options(vars(args), get_tokenizer().vocab_size)
+
+
+@cache
+def prepare_data(samples: tuple[int | None, ...]) -> None:
+    """Check that the data serve the samples, and have every index of them whole on disk.
+
+    Args:
+        samples: wanted of train, valid and test.
+    """
+    args = get_args()
     if args.mock_data:
+        cached = args.data_cache_path is not None
+    else:
+        print(*describe_data(check_data(), samples, vars(args)), sep="\n", flush=True)
+        cached = not check_data().unseen
+    if not cached:
         return
-    data_path, per_split = args.data_path, {}
-    if args.data_args_path is not None:
-        with open(args.data_args_path) as file:
-            data_path = file.read().split()
-    if args.per_split_data_args_path is not None:
-        with open(args.per_split_data_args_path) as file:
-            per_split = {
-                name: paths.split() if isinstance(paths, str) else paths
-                for name, paths in json.load(file).items()
-            }
-    summary = check_training_data(
-        data_path,
-        args.split,
-        get_tokenizer().vocab_size,
-        train_data_path=per_split.get("train", args.train_data_path),
-        valid_data_path=per_split.get("valid", args.valid_data_path),
-        test_data_path=per_split.get("test", args.test_data_path),
-    )
-    print(f"> data: {summary.documents:,} documents, {summary.tokens:,} tokens", flush=True)
+    with muted_logging():
+        planned = _build_datasets(args, samples, lambda: True, plan_config(_dataset_config(args)))
+        sets = find_index_sets(planned, args.data_cache_path)
+        prepare_index_sets(sets, args.num_dataset_builder_threads)
 
 
 def configure() -> tuple[Any, SATFormerModelConfig]:
@@ -341,7 +356,11 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
         check_ranks_hold_something(model.transformer)
         if args.rank == 0:
             check_resume(args)
-            check_data(args)
+            if not args.mock_data:
+                check_data()
+            samples = planned_samples(vars(args))
+            if samples is not None:
+                prepare_data(samples)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
             if model.transformer.gate_warning:
                 print(f"WARNING: {model.transformer.gate_warning}", flush=True)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model": {"config"},
     "parallel": {"config", "model"},
     "data": set(),
-    "checkpoint": {"config", "model", "parallel", "backend"},
+    "checkpoint": {"config", "model", "parallel", "backend", "data"},
     "analysis": {"config", "model", "parallel", "backend", "checkpoint", "data"},
     "quickstart": {"config", "model", "data", "checkpoint", "analysis"},
 }

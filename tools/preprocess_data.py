@@ -1,54 +1,170 @@
-"""Tokenizes JSON lines into Megatron's .bin/.idx files, with the flags of Megatron-LM's tool."""
+"""Tokenizes text into Megatron's .bin/.idx files, with the flags of Megatron-LM's tool.
 
+Killed at any moment, the same command continues; the output appears once it is complete.
+"""
+
+import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.data.cli import ToolParser, run_tool
-from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
-from megatron_satformer.data.tokenizers import TokenizerOptions, add_tokenizer_arguments
+from megatron_satformer.data.preprocess import preprocess
+from megatron_satformer.data.preprocess_options import BACKENDS, ON_ERROR, PreprocessOptions
+from megatron_satformer.data.tokenizer_options import (
+    add_tokenizer_arguments,
+    take_tokenizer_options,
+)
+from megatron_satformer.data.tokenizers import hide_torch
+
+# Flags of Megatron-LM's tool, old and new, that change nothing here, and why.
+WITHOUT_EFFECT = {
+    "dataset_impl": "mmap is the only format",
+    "chunk_size": "work is cut by bytes",
+    "partitions": "the order of the input is kept, as with --keep-sequential-samples, and "
+    "--workers alone says how many processes work",
+    "keep_sequential_samples": "the order of the input is always kept",
+}
+REFUSED = {
+    "split_sentences": "data sets of sentences are for BERT",
+    "keep_newlines": "it belongs to --split-sentences, which is for BERT",
+    "lang": "it belongs to --split-sentences, which is for BERT",
+    "find_optimal_num_workers": "every core is used unless --workers says otherwise",
+    "workers_to_check": "it belongs to --find-optimal-num-workers",
+    "max_documents": "it belongs to --find-optimal-num-workers; give less input instead",
+}
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     group = parser.add_argument_group("input data")
     group.add_argument(
-        "--input", nargs="+", required=True, help="JSON lines files, plain or .gz, in this order."
+        "--input",
+        nargs="+",
+        required=True,
+        help="In this order: files (.jsonl, .txt, also .gz or .zst; .parquet), quoted globs, "
+        "folders, or - for stdin.",
     )
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], help="Keys to tokenize, one data set each."
+    )
+    group.add_argument(
+        "--document-separator",
+        help=r"What stands between two documents of a .txt file, such as '\n\n'; '' for nothing: "
+        "each file is one document.",
+    )
+    group.add_argument(
+        "--on-error",
+        choices=ON_ERROR,
+        default="stop",
+        help="skip leaves bad documents out, and lists them in PREFIX.rejects.jsonl.",
     )
     add_tokenizer_arguments(parser)
     group = parser.add_argument_group("tokenization process")
     group.add_argument(
         "--append-eod", action="store_true", help="End every document with the tokenizer's eod."
     )
+    group.add_argument(
+        "--keep-empty",
+        action="store_true",
+        help="Keep documents without a token as boundaries, as Megatron-LM's tool does.",
+    )
+    group.add_argument(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="auto is fast where the ids are the reference's, and the reference elsewhere.",
+    )
+    group.add_argument(
+        "--verify-fraction",
+        type=float,
+        default=0.01,
+        help="Share of the documents whose fast ids are compared with the reference's; 1 for all.",
+    )
     group = parser.add_argument_group("output data")
     group.add_argument(
-        "--output-prefix", required=True, help="Writes PREFIX_KEY_document.bin and .idx."
+        "--output-prefix",
+        required=True,
+        help="Writes PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json.",
     )
-    group.add_argument("--overwrite", action="store_true", help="Replace existing output.")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Replace existing output, and unfinished work that does not fit.",
+    )
     group = parser.add_argument_group("runtime")
     group.add_argument("--workers", type=int, help="Number of processes; every core if left out.")
     group.add_argument(
         "--log-interval", type=int, default=1000, help="Documents between progress updates."
     )
+    group.add_argument("--json-log", help="File that gets the progress as JSON lines, appended.")
+    _add_other_arguments(parser)
     return parser
+
+
+def _add_other_arguments(parser: ToolParser) -> None:
+    group = parser.add_argument_group(
+        "flags of Megatron-LM's tool that change nothing here, or are refused"
+    )
+    group.add_argument("--dataset-impl", choices=["mmap"], help=argparse.SUPPRESS)
+    group.add_argument("--chunk-size", type=int, help=argparse.SUPPRESS)
+    group.add_argument("--partitions", type=int, help="Changes nothing; see --workers.")
+    group.add_argument(
+        "--keep-sequential-samples",
+        action="store_const",
+        const=True,
+        help="Changes nothing: the order of the input is always kept.",
+    )
+    for name in ("--split-sentences", "--keep-newlines", "--find-optimal-num-workers"):
+        group.add_argument(name, action="store_const", const=True, help="Refused.")
+    for name in ("--lang", "--max-documents"):
+        group.add_argument(name, help="Refused.")
+    group.add_argument("--workers-to-check", nargs="+", help="Refused.")
+
+
+def _take_other_arguments(args: dict[str, Any]) -> None:
+    for name, reason in REFUSED.items():
+        value = args.pop(name)
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is refused: {reason}. Leave it out.")
+    for name, reason in WITHOUT_EFFECT.items():
+        if args.pop(name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} changes nothing here: {reason}.", file=sys.stderr)
+
+
+def _unescape(separator: str | None) -> str | None:
+    r"""Returns the separator with \n, \t, \r, \0 and \\ as the shell cannot write them."""
+    if separator is None:
+        return None
+    marks = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+    out, characters = [], iter(separator)
+    for character in characters:
+        if character == "\\":
+            follower = next(characters, "")
+            out.append(marks.get(follower, "\\" + follower))
+        else:
+            out.append(character)
+    return "".join(out)
 
 
 def main() -> None:
     """Parses the flags and tokenizes."""
     args = vars(_parser().parse_args())
-    names = ("tokenizer_type", "tokenizer_model", "vocab_size")
-    tokenizer = TokenizerOptions(**{name: args.pop(name) for name in names})
+    _take_other_arguments(args)
+    hide_torch()
+    tokenizer = take_tokenizer_options(args)
+    args["document_separator"] = _unescape(args["document_separator"])
     summary = preprocess(PreprocessOptions(tokenizer=tokenizer, **args))
-    seconds = summary.seconds
+    done = summary.text_bytes - summary.resumed_bytes
+    left_out = f"{summary.empty_documents} empty, {summary.rejected_documents} rejected"
     print(
-        f"{summary.documents} documents ({summary.empty_documents} empty), {summary.tokens} "
-        f"tokens of {summary.dtype} in {seconds:.1f} s ({summary.json_bytes / seconds / 1e6:.1f} "
-        f"MB/s, {summary.tokens / seconds / 1e3:.0f}k tokens/s): "
-        f"{', '.join(summary.prefixes)}.bin/.idx"
+        f"{summary.documents} documents ({left_out}), {summary.tokens} tokens of {summary.dtype} "
+        f"in {summary.seconds:.1f} s ({done / summary.seconds / 1e6:.1f} MB/s; "
+        f"{summary.backend} tokenizer, {summary.verified_documents} documents verified, "
+        f"{summary.routed_documents} by the reference): {', '.join(summary.prefixes)}.bin/.idx"
     )
 
 

@@ -17,7 +17,7 @@ Megatron's own tool. Source: megatron/core/datasets/indexed_dataset.py (0.19.2).
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -67,10 +67,48 @@ def check_output_free(prefix: str | os.PathLike[str], overwrite: bool) -> None:
             raise ValueError(f"{path} exists already. Pass --overwrite, or choose another output.")
 
 
+def check_prefix(option: str, prefix: str) -> None:
+    """Raises ValueError if `prefix` is empty, a folder, or has the ending of a file."""
+    if not prefix:
+        raise ValueError(f"{option} ('') must not be empty. Check for an unset variable.")
+    if prefix.endswith((".bin", ".idx")):
+        raise ValueError(f"{option} ({prefix}) must be the prefix alone. Use {prefix[:-4]}.")
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(f"{option} ({prefix}) must end in a name, not in a folder. Add a name.")
+
+
+def index_blocks(dtype: np.dtype[np.integer], lengths: npt.NDArray[np.int32]) -> Iterator[bytes]:
+    """Yields the bytes of an index of one sequence per document, in blocks.
+
+    Args:
+        dtype: Of the tokens.
+        lengths: Tokens of each document; 0 is a document without a sequence. May be memory mapped.
+    """
+    starts = range(0, len(lengths), BLOCK)
+    blocks = (np.asarray(lengths[begin : begin + BLOCK]) for begin in starts)
+    sequences = sum(int(np.count_nonzero(block)) for block in blocks)
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, len(lengths) + 1)
+    for begin in starts:
+        block = lengths[begin : begin + BLOCK]
+        yield block[block > 0].astype("<i4").tobytes()
+    offset = 0
+    for begin in starts:
+        block = lengths[begin : begin + BLOCK]
+        ends = offset + np.cumsum(block[block > 0], dtype=np.int64)
+        yield (np.concatenate(([offset], ends))[:-1] * dtype.itemsize).astype("<i8").tobytes()
+        offset = int(ends[-1]) if ends.size else offset
+    yield bytes(8)
+    offset = 0
+    for begin in starts:
+        ends = offset + np.cumsum(lengths[begin : begin + BLOCK] > 0)
+        yield ends.astype("<i8").tobytes()
+        offset = int(ends[-1])
+
+
 class IndexedWriter:
     """Writes one data set; nothing has the final names before `publish`.
 
-    Memory is 12 bytes per document. Use as a context manager: leaving it without `publish` removes
+    Memory is 4 bytes per document. Use as a context manager: leaving it without `publish` removes
     what was written.
 
     Args:
@@ -90,7 +128,6 @@ class IndexedWriter:
         self.empty_documents = 0
         self.tokens = 0
         self._lengths = array("i")
-        self._boundaries = array("q", [0])
         self._bin = AtomicFile(bin_path(prefix))
         try:
             self._idx = AtomicFile(idx_path(prefix))
@@ -120,30 +157,15 @@ class IndexedWriter:
                 "pieces."
             )
         self._bin.file.write(ids.astype(self.dtype).tobytes())
-        present = counts > 0
-        boundaries = len(self._lengths) + np.cumsum(present)
-        self._lengths.frombytes(counts[present].astype(np.int32).tobytes())
-        self._boundaries.frombytes(boundaries.astype(np.int64).tobytes())
+        self._lengths.frombytes(counts.astype(np.int32).tobytes())
         self.documents += counts.size
-        self.empty_documents += int(counts.size - present.sum())
+        self.empty_documents += int((counts == 0).sum())
         self.tokens += ids.size
 
     def seal(self) -> None:
         """Writes the index and brings both files to disk, still under their partial names."""
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        out = self._idx.file
-        out.write(
-            HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(self._boundaries))
-        )
-        out.write(lengths.astype("<i4", copy=False).data)
-        start = 0
-        for begin in range(0, len(lengths), BLOCK):
-            ends = start + np.cumsum(lengths[begin : begin + BLOCK], dtype=np.int64)
-            starts = np.concatenate(([start], ends[:-1]))
-            out.write((starts * self.dtype.itemsize).astype("<i8", copy=False).tobytes())
-            start = int(ends[-1])
-        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
-        out.write(boundaries.astype("<i8", copy=False).data)
+        for block in index_blocks(self.dtype, np.frombuffer(self._lengths, dtype=np.int32)):
+            self._idx.file.write(block)
         self._bin.seal()
         self._idx.seal()
 
@@ -220,7 +242,8 @@ class IndexedFile:
         self.lengths = rows[HEADER.size : ends[0]].view("<i4")
         self._pointers = rows[ends[0] : ends[1]].view("<i8")
         self.boundaries = rows[ends[1] : ends[2]].view("<i8")
-        self._check_rows()
+        self._check_sequences()
+        self._check_boundaries()
         empty: npt.NDArray = np.empty(0, dtype=self.dtype)
         has_tokens = self._bin.stat().st_size > 0
         self.tokens = np.memmap(self._bin, mode="r", dtype=self.dtype) if has_tokens else empty
@@ -241,6 +264,11 @@ class IndexedFile:
             raise ValueError(f"{self._idx} has an unknown dtype code ({code}). {REMAKE}")
         self.dtype = np.dtype(DTYPES[code])
         needed = HEADER.size + 12 * sequences + 8 * boundaries
+        if size == needed + sequences > needed:
+            raise ValueError(
+                f"{self._idx} has a mode for each sequence: it is the index of a multimodal data "
+                "set, which holds more than text. Use a data set of text."
+            )
         if size != needed:
             raise ValueError(
                 f"{self._idx} is damaged: {size} bytes, but its {sequences} sequences and "
@@ -248,15 +276,21 @@ class IndexedFile:
             )
         return sequences, boundaries
 
-    def _check_rows(self) -> None:
-        start = 0
-        for begin in range(0, len(self.lengths), BLOCK):
-            lengths = self.lengths[begin : begin + BLOCK]
+    def _check_sequences(self) -> None:
+        start, begin = 0, 0
+        for lengths, said in zip(self.length_blocks(), self.pointer_blocks(), strict=True):
             ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
             starts = np.concatenate(([start], ends[:-1]))
-            if (lengths < 0).any() or (starts != self._pointers[begin : begin + BLOCK]).any():
-                raise ValueError(f"{self._idx} is damaged: lengths and offsets disagree. {REMAKE}")
+            wrong = (lengths < 0) | (starts != said)
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise ValueError(
+                    f"{self._idx} is damaged: lengths and offsets disagree at sequence "
+                    f"{begin + row}, of {lengths[row]} tokens, at byte {said[row]} and not "
+                    f"{starts[row]} of {self._bin.name}. {REMAKE}"
+                )
             start = int(ends[-1])
+            begin += len(lengths)
         size = self._bin.stat().st_size
         if size != start:
             state = "truncated" if size < start else "not the file this index was made for"
@@ -264,13 +298,78 @@ class IndexedFile:
                 f"{self._bin} is {state}: {size} bytes, but {self._idx.name} needs {start}. "
                 f"{REMAKE}"
             )
-        bounds = self.boundaries
-        rising = all(
-            (np.diff(bounds[begin : begin + BLOCK + 1]) >= 0).all()
-            for begin in range(0, max(len(bounds) - 1, 0), BLOCK)
-        )
-        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths) or not rising:
-            raise ValueError(f"{self._idx} is damaged: its document boundaries are wrong. {REMAKE}")
+
+    def _check_boundaries(self) -> None:
+        bounds, last = self.boundaries, len(self.lengths)
+        wrong = 0 if len(bounds) == 0 or bounds[0] != 0 else None
+        before, begin = 0, 0
+        for block in self.boundary_blocks():
+            falling = np.diff(block, prepend=before) < 0
+            if wrong is None and falling.any():
+                wrong = begin + int(falling.argmax())
+            before = int(block[-1])
+            begin += len(block)
+        if wrong is None and before != last:
+            wrong = len(bounds) - 1
+        if wrong is not None:
+            value = bounds[wrong] if len(bounds) else "none"
+            raise ValueError(
+                f"{self._idx} is damaged: its document boundaries are wrong, from number {wrong} "
+                f"({value}) on; they must rise from 0 to {last} sequences. {REMAKE}"
+            )
+
+    def _read_rows(self, offset: int, count: int, dtype: str) -> Iterator[npt.NDArray]:
+        """Yields `count` rows in blocks, read and not mapped: the memory is one block."""
+        with self._idx.open("rb") as file:
+            file.seek(offset)
+            for begin in range(0, count, BLOCK):
+                wanted = min(BLOCK, count - begin)
+                rows = np.fromfile(file, dtype=dtype, count=wanted)
+                if len(rows) < wanted:
+                    raise ValueError(f"{self._idx} became shorter while it was read. {REMAKE}")
+                yield rows
+
+    def length_blocks(self) -> Iterator[npt.NDArray]:
+        """Yields `lengths` in blocks of at most BLOCK, int32."""
+        return self._read_rows(HEADER.size, len(self.lengths), "<i4")
+
+    def pointer_blocks(self) -> Iterator[npt.NDArray]:
+        """Yields where each sequence starts, in bytes, in blocks of at most BLOCK, int64."""
+        return self._read_rows(HEADER.size + 4 * len(self.lengths), len(self.lengths), "<i8")
+
+    def boundary_blocks(self) -> Iterator[npt.NDArray]:
+        """Yields `boundaries` in blocks of at most BLOCK, int64."""
+        offset = HEADER.size + 12 * len(self.lengths)
+        return self._read_rows(offset, len(self.boundaries), "<i8")
+
+    def document_length_blocks(self) -> Iterator[npt.NDArray]:
+        """Yields the tokens of each document, all its sequences together, in blocks, int64."""
+        before = np.empty(0, dtype=np.int64)
+        for bounds in self.boundary_blocks():
+            starts = np.concatenate((before, self._token_offsets(bounds)))
+            yield np.diff(starts)
+            before = starts[-1:]
+
+    def document(self, number: int) -> npt.NDArray:
+        """Returns the tokens of document `number`, all its sequences together, a view of the file.
+
+        Raises:
+            ValueError: If there is no such document.
+        """
+        if not 0 <= number < self.documents:
+            raise ValueError(
+                f"document ({number}) must be in [0, {self.documents}), the documents of "
+                f"{self.prefix}. Choose another."
+            )
+        begin, end = self._token_offsets(self.boundaries[number : number + 2])
+        return self.tokens[begin:end]
+
+    def _token_offsets(self, sequences: npt.NDArray) -> npt.NDArray:
+        """Returns how many tokens come before each of `sequences`; one after the last is all."""
+        offsets = np.full(len(sequences), self.tokens.size, dtype=np.int64)
+        inside = sequences < len(self.lengths)
+        offsets[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        return offsets
 
     @property
     def documents(self) -> int:

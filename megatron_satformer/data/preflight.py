@@ -5,8 +5,9 @@ Everything passed in is a plain value; Megatron's objects are not known here.
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from megatron_satformer.data.blend import (
     parse_split,
     split_documents,
 )
+from megatron_satformer.data.data_paths import check_validation_sets, read_data_paths, read_json
 from megatron_satformer.data.indexed import IndexedFile
+from megatron_satformer.data.samples import Share, check_plan
 
 # Tokens looked at for the largest id, per data set: 4 GB of uint16, about two seconds from memory.
 SCAN_TOKENS = 1 << 31
@@ -38,6 +41,8 @@ class DatasetSummary:
         largest_token: Largest id seen, or -1 if the vocabulary is unknown and nothing was scanned.
         split_documents: Documents that train, valid and test get.
         split_tokens: Tokens that train, valid and test get, per epoch.
+        option: The flag that names it, as "data_path (prefix)".
+        weight: As given before the prefix, or None.
     """
 
     prefix: str
@@ -47,13 +52,21 @@ class DatasetSummary:
     largest_token: int
     split_documents: tuple[int, int, int]
     split_tokens: tuple[int, int, int]
+    option: str
+    weight: float | None
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The checked data sets, in the order they were named."""
+    """The checked data sets, in the order they were named.
+
+    Attributes:
+        datasets: One each.
+        unseen: Prefixes in object storage, not looked at.
+    """
 
     datasets: tuple[DatasetSummary, ...]
+    unseen: tuple[str, ...] = ()
 
     @property
     def documents(self) -> int:
@@ -69,6 +82,60 @@ class DataSummary:
         """Returns the tokens of one epoch of a split ("train", "valid" or "test")."""
         return sum(dataset.split_tokens[SPLITS.index(split)] for dataset in self.datasets)
 
+    def shares(self, split: str) -> list[Share]:
+        """Returns what each data set gives to a split ("train", "valid" or "test")."""
+        index = SPLITS.index(split)
+        return [
+            Share(dataset.option, dataset.prefix, dataset.weight, dataset.split_tokens[index])
+            for dataset in self.datasets
+            if dataset.split_documents[index] > 0
+        ]
+
+
+def check_data_options(options: Mapping[str, Any], vocab_size: int) -> DataSummary:
+    """Checks the data of a training run.
+
+    Args:
+        options: Megatron's validated arguments, name -> value.
+        vocab_size: The tokenizer's, before padding.
+
+    Raises:
+        ValueError: "option (value) must ... What to do."
+    """
+    paths = read_data_paths(options)
+    check_validation_sets(options)
+    return check_training_data(
+        split=options["split"],
+        vocab_size=vocab_size,
+        per_dataset_sequences_path=options["per_dataset_sequences_path"],
+        **paths,  # type: ignore[arg-type]
+    )
+
+
+def describe_data(
+    summary: DataSummary, samples: Sequence[int | None], options: Mapping[str, Any]
+) -> list[str]:
+    """Returns lines that state the data and how often the run repeats them.
+
+    Args:
+        summary: From `check_data_options`.
+        samples: Samples of train, valid and test that the run asks for; None is one epoch.
+        options: Megatron's validated arguments, name -> value.
+
+    Raises:
+        ValueError: If the data cannot serve so many samples.
+    """
+    lines = [f"> data: {summary.documents:,} documents, {summary.tokens:,} tokens"]
+    if summary.unseen:
+        return [*lines, "> data in object storage: samples and cached indices are not checked"]
+    return lines + check_plan(
+        {split: summary.shares(split) for split in SPLITS},
+        samples,
+        options["seq_length"],
+        skip_train=options["skip_train"],
+        stops_at_end=options["dataloader_type"] == "single",
+    )
+
 
 def check_training_data(
     data_path: Sequence[str] | None,
@@ -78,6 +145,7 @@ def check_training_data(
     train_data_path: Sequence[str] | None = None,
     valid_data_path: Sequence[str] | None = None,
     test_data_path: Sequence[str] | None = None,
+    per_dataset_sequences_path: str | None = None,
     scan_tokens: int = SCAN_TOKENS,
 ) -> DataSummary:
     """Checks everything that `--data-path` or the per-split paths name.
@@ -93,6 +161,8 @@ def check_training_data(
         train_data_path: As given to --train-data-path, instead of `data_path`.
         valid_data_path: Likewise.
         test_data_path: Likewise.
+        per_dataset_sequences_path: A JSON file, prefix -> [sequences, document boundaries], which
+            Megatron takes for what the headers say.
         scan_tokens: Most tokens of each data set to look at; of a larger one, evenly spread blocks.
 
     Raises:
@@ -110,38 +180,85 @@ def check_training_data(
             "data_path (given) must not be combined with train_data_path, valid_data_path or "
             "test_data_path. Choose one way."
         )
-    summaries = []
+    if split is not None and any(per_split):
+        raise ValueError(
+            f"split ({split}) must not be given with data paths per split: each is one split as a "
+            "whole. Leave --split out."
+        )
+    blends: list[tuple[str, Sequence[str], Sequence[tuple[float, float] | None]]] = []
     if data_path:
         shares = parse_split(split if split is not None else DEFAULT_SPLIT)
-        for prefix in parse_blend("data_path", data_path):
-            if not prefix.startswith(OBJECT_STORAGE):
-                option = f"data_path ({prefix})"
-                summaries.append(_check_dataset(option, prefix, shares, vocab_size, scan_tokens))
+        blends.append(("data_path", data_path, shares))
     for index, paths in enumerate(per_split):
-        name = f"{SPLITS[index]}_data_path"
-        whole = [(0.0, 1.0) if i == index else None for i in range(len(SPLITS))]
-        for prefix in parse_blend(name, paths) if paths else ():
-            if not prefix.startswith(OBJECT_STORAGE):
-                option = f"{name} ({prefix})"
-                summaries.append(_check_dataset(option, prefix, whole, vocab_size, scan_tokens))
-    return DataSummary(tuple(summaries))
+        if paths:
+            whole = [(0.0, 1.0) if i == index else None for i in range(len(SPLITS))]
+            blends.append((f"{SPLITS[index]}_data_path", paths, whole))
+    summaries, unseen = [], []
+    for name, values, parts in blends:
+        for weight, prefix in _weighted(name, values):
+            if prefix.startswith(OBJECT_STORAGE):
+                unseen.append(prefix)
+                continue
+            data = _open_dataset(f"{name} ({prefix})", prefix)
+            if per_dataset_sequences_path is not None:
+                _check_sequences(per_dataset_sequences_path, data, vocab_size)
+            summaries.append(_check_dataset(name, weight, data, parts, vocab_size, scan_tokens))
+    return DataSummary(tuple(summaries), tuple(unseen))
 
 
-def _check_dataset(
-    option: str,
-    prefix: str,
-    shares: Sequence[tuple[float, float] | None],
-    vocab_size: int | None,
-    scan_tokens: int,
-) -> DatasetSummary:
+def _weighted(option: str, values: Sequence[str]) -> list[tuple[float | None, str]]:
+    prefixes = parse_blend(option, values)
+    if len(prefixes) == len(values):
+        return [(None, prefix) for prefix in prefixes]
+    weights = [float(value) for value in values[::2]]
+    for weight, prefix in zip(weights, prefixes, strict=True):
+        if weight == 0:
+            raise ValueError(
+                f"{option} ({' '.join(values)}) must have weights above 0: {prefix} has 0, and "
+                "Megatron does not start. Leave it out."
+            )
+    return list(zip(weights, prefixes, strict=True))
+
+
+def _check_sequences(path: str, data: IndexedFile, vocab_size: int | None) -> None:
+    option = f"per_dataset_sequences_path ({path})"
+    given = read_json("per_dataset_sequences_path", path).get(data.prefix, "nothing")
+    there = [len(data), len(data.boundaries)]
+    if given != there:
+        raise ValueError(
+            f"{option} must give {there} for {data.prefix}, its sequences and document "
+            f"boundaries; it gives {given}. Make the file again."
+        )
+    # GPTDatasetConfig (0.19.2): with this file, the dtype is guessed from the vocabulary.
+    guess = "<i4" if vocab_size is not None and vocab_size > 1 << 16 else "<u2"
+    if vocab_size is not None and data.dtype != np.dtype(guess):
+        raise ValueError(
+            f"{option} must not be given: Megatron would read the {data.dtype.name} tokens as "
+            f"{np.dtype(guess).name}, by the vocabulary ({vocab_size}). Leave "
+            "--per-dataset-sequences-path out."
+        )
+
+
+def _open_dataset(option: str, prefix: str) -> IndexedFile:
     try:
-        data = IndexedFile(prefix)
+        return IndexedFile(prefix)
     except ValueError as error:
         meant = sorted(glob.glob(f"{glob.escape(prefix)}_*_document.idx"))
         hint = f" Did you mean {meant[0].removesuffix('.idx')}?" if meant else ""
         raise ValueError(f"{option} must be a complete data set: {error}{hint}") from None
     except OSError as error:
         raise ValueError(f"{option} must be readable: {error}") from None
+
+
+def _check_dataset(
+    name: str,
+    weight: float | None,
+    data: IndexedFile,
+    shares: Sequence[tuple[float, float] | None],
+    vocab_size: int | None,
+    scan_tokens: int,
+) -> DatasetSummary:
+    option = f"{name} ({data.prefix})"
     if len(data) == 0 or data.tokens.size == 0:
         raise ValueError(
             f"{option} must hold at least one document with a token; it has {data.documents} "
@@ -158,23 +275,25 @@ def _check_dataset(
         0 if bounds is None else int(np.sum(data.lengths[slice(*bounds)], dtype=np.int64))
         for bounds in ranges
     ]
-    for name, bounds, share, count in zip(SPLITS, ranges, shares, tokens, strict=True):
+    for which, bounds, share, count in zip(SPLITS, ranges, shares, tokens, strict=True):
         if bounds is not None and share is not None and count == 0:
             needed = documents_needed(shares)
             raise ValueError(
-                f"{option} must give the {name} split a document: --split gives it "
+                f"{option} must give the {which} split a document: --split gives it "
                 f"{share[1] - share[0]:.4g} of {len(data)} documents, which comes to none, and "
                 f"Megatron would wait for ever. Use at least {needed} documents, or another "
-                f"--split (weight 0 turns {name} off)."
+                f"--split (weight 0 turns {which} off)."
             )
     return DatasetSummary(
-        prefix,
+        data.prefix,
         len(data),
         int(data.tokens.size),
         data.dtype.name,
         largest,
         tuple(0 if b is None else b[1] - b[0] for b in ranges),  # type: ignore[arg-type]
         tuple(tokens),  # type: ignore[arg-type]
+        option,
+        weight,
     )
 
 

@@ -1,84 +1,81 @@
-"""JSON lines to Megatron's indexed files, in parallel, in order, with bounded memory.
+"""Documents to Megatron's indexed files: fast, in order, resumable, with bounded memory.
 
 The output is byte for byte that of Megatron-LM's tools/preprocess_data.py for the same tokenizer
-and input order, whatever the number of workers, and appears only once it is complete.
+and input order, whatever the number of workers and however often the run was killed, and appears
+only once it is complete. One thing differs: documents without a token are dropped, unless
+`keep_empty` asks for Megatron's boundaries.
 """
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_satformer.data.documents import CHUNK_BYTES, check_inputs, read_chunks
-from megatron_satformer.data.encoding import encode_in_order
-from megatron_satformer.data.indexed import IndexedWriter, publish
-from megatron_satformer.data.progress import Progress
-from megatron_satformer.data.tokenizers import TokenizerOptions, build_tokenizer
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """What to tokenize and how; the field names are the flags of tools/preprocess_data.py.
-
-    Attributes:
-        input: JSON lines files, `.gz` or plain, in the order of the output.
-        output_prefix: Each key's files are `<output_prefix>_<key>_document.bin` and `.idx`.
-        tokenizer: The tokenizer flags.
-        json_keys: Keys of each line to tokenize, one data set each.
-        append_eod: Whether each document that is not empty ends with the tokenizer's `eod`.
-        workers: Number of processes; None is the number of cores this process may use.
-        log_interval: Documents between two progress reports.
-        overwrite: Whether existing output may be replaced.
-    """
-
-    input: Sequence[str | os.PathLike[str]]
-    output_prefix: str | os.PathLike[str]
-    tokenizer: TokenizerOptions
-    json_keys: Sequence[str] = ("text",)
-    append_eod: bool = False
-    workers: int | None = None
-    log_interval: int = 1000
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class PreprocessSummary:
-    """What was written: documents and tokens of all keys, bytes of JSON read, seconds it took."""
-
-    prefixes: tuple[str, ...]
-    documents: int
-    empty_documents: int
-    tokens: int
-    json_bytes: int
-    dtype: str
-    seconds: float
-
-
-def count_workers(workers: int | None, files: Sequence[Path]) -> int:
-    """Returns how many processes to use: no more than there are cores, or chunks to hand out."""
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers ({workers}) must be at least 1. Leave it out to use every core.")
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
-    return min(workers, 1 + sum(path.stat().st_size for path in files) // CHUNK_BYTES)
+from megatron_satformer.data.indexed import bin_path, idx_path
+from megatron_satformer.data.inputs import STDIN, Source, find_inputs
+from megatron_satformer.data.preprocess_options import (
+    PreprocessOptions,
+    PreprocessSummary,
+    check_options,
+)
+from megatron_satformer.data.run_folder import RunFolder
+from megatron_satformer.data.run_identity import (
+    check_same_run,
+    describe_inputs,
+    describe_tokenizer,
+)
+from megatron_satformer.data.tokenize_run import TokenizeRun
+from megatron_satformer.data.tokenizers import Tokenizer, build_tokenizer
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessSummary:
-    """Tokenizes the input into one data set per key.
+    """Tokenizes the input into one data set per key, or continues where a run before was stopped.
 
     Raises:
-        ValueError: If an option, a file or a line is bad. Nothing has the final names then.
+        ValueError: If an option, a file or a document is bad, or unfinished work there belongs to
+            another input or other options. Nothing has the final names then.
     """
     start = time.perf_counter()
-    files = check_inputs(options.input)
-    keys = list(options.json_keys)
-    if not keys or len(set(keys)) != len(keys):
-        raise ValueError(f"json_keys ({' '.join(keys)}) must name each key once.")
-    if options.log_interval < 1:
-        raise ValueError(f"log_interval ({options.log_interval}) must be at least 1.")
-    workers = count_workers(options.workers, files)
+    sources = find_inputs(options.input, options.document_separator)
+    check_options(options, sources)
+    prefix = os.fspath(options.output_prefix)
+    names = [f"{Path(prefix).name}_{key}_document" for key in options.json_keys]
+    prefixes = tuple(os.fspath(Path(prefix).parent / name) for name in names)
+    with RunFolder(prefix) as folder:
+        state = folder.read_state()
+        try:
+            if state is None or "publishing" not in state:
+                _check_output_free(prefixes, options.overwrite)
+            tokenizer = _build_reference(options)
+            asked = _describe(options, sources)
+            state = _take_up(folder, state, asked, options)
+            if "publishing" in state:
+                # Killed between two renames.
+                folder.finish_publishing(state["publishing"])
+                summary, resumed = state["summary"], state["summary"]["text_bytes"]
+            else:
+                run = TokenizeRun(options, sources, folder, names, tokenizer)
+                summary, resumed = run.tokenize(state)
+        except BaseException:
+            if folder.is_empty() or _reads_stdin(options):
+                folder.remove()
+            raise
+    seconds = time.perf_counter() - start
+    return PreprocessSummary(prefixes, **summary, resumed_bytes=resumed, seconds=seconds)
+
+
+def _reads_stdin(options: PreprocessOptions) -> bool:
+    return any(os.fspath(value) == STDIN for value in options.input)
+
+
+def _check_output_free(prefixes: Iterable[str], overwrite: bool) -> None:
+    for path in (file for prefix in prefixes for file in (idx_path(prefix), bin_path(prefix))):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already. Pass --overwrite, or choose another output.")
+
+
+def _build_reference(options: PreprocessOptions) -> Tokenizer:
     tokenizer = build_tokenizer(options.tokenizer)
     if options.append_eod and tokenizer.eod is None:
         raise ValueError(
@@ -86,50 +83,46 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
             f"{options.tokenizer.tokenizer_model} has none. Use one that has (for a "
             "tokenizer.json: its whole folder), or leave the flag out."
         )
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                IndexedWriter(
-                    f"{os.fspath(options.output_prefix)}_{key}_document",
-                    tokenizer.vocab_size,
-                    options.overwrite,
-                )
-            )
-            for key in keys
-        ]
-        progress = stack.enter_context(
-            Progress(sum(path.stat().st_size for path in files), options.log_interval)
+    if options.append_eod and not 0 <= (tokenizer.eod or 0) < tokenizer.vocab_size:
+        raise ValueError(
+            f"append_eod needs an end-of-sequence token inside the vocabulary; {tokenizer.eod} is "
+            f"not in [0, {tokenizer.vocab_size}). Use another tokenizer, or leave the flag out."
         )
-        lines = json_bytes = 0
-        for encoded in encode_in_order(
-            read_chunks(files), options.tokenizer, keys, options.append_eod, workers
-        ):
-            for writer, (ids, lengths) in zip(writers, encoded.keys, strict=True):
-                writer.add_documents(ids, lengths)
-            lines += encoded.documents
-            json_bytes += encoded.json_bytes
-            tokens = sum(ids.size for ids, _ in encoded.keys)
-            progress.advance(encoded.documents, encoded.json_bytes, tokens, encoded.file_bytes)
-        _check_not_empty(writers, files, lines)
-        publish(writers)
-    return PreprocessSummary(
-        prefixes=tuple(writer.prefix for writer in writers),
-        documents=sum(writer.documents for writer in writers),
-        empty_documents=sum(writer.empty_documents for writer in writers),
-        tokens=sum(writer.tokens for writer in writers),
-        json_bytes=json_bytes,
-        dtype=writers[0].dtype.name,
-        seconds=time.perf_counter() - start,
+    return tokenizer
+
+
+def _describe(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
+    names = (
+        "append_eod",
+        "document_separator",
+        "keep_empty",
+        "on_error",
+        "tokenizer_backend",
+        "verify_fraction",
+        "chunk_bytes",
     )
+    return {
+        "inputs": describe_inputs(sources),
+        "json_keys": list(options.json_keys),
+        **{name: getattr(options, name) for name in names},
+        "tokenizer": describe_tokenizer(options.tokenizer),
+    }
 
 
-def _check_not_empty(writers: Sequence[IndexedWriter], files: Sequence[Path], lines: int) -> None:
-    names = ", ".join(map(str, files))
-    if lines == 0:
-        raise ValueError(f"input ({names}) has no documents. Nothing was written.")
-    for writer in writers:
-        if writer.tokens == 0:
-            raise ValueError(
-                f"input ({names}): every document is empty, {writer.prefix} would hold no token. "
-                "Nothing was written; see --json-keys."
-            )
+def _take_up(
+    folder: RunFolder,
+    state: dict[str, Any] | None,
+    asked: dict[str, Any],
+    options: PreprocessOptions,
+) -> dict[str, Any]:
+    """Returns the state to work from: the unfinished one if it was asked the same, or a new one."""
+    if state is not None and not _reads_stdin(options):
+        try:
+            check_same_run(state["asked"], asked, folder.path)
+            return {**state, "asked": asked}
+        except ValueError:
+            if not options.overwrite:
+                raise
+    new = {"asked": asked, "backend": options.tokenizer_backend}
+    folder.start(new)
+    return new

@@ -1,32 +1,60 @@
-"""Progress of long work over files: a bar on a terminal, a line now and then in a log."""
+"""Progress of tokenizing: a bar on a terminal, a line now and then in a log, JSON for machines."""
 
+import json
+import os
 import sys
 import time
 from types import TracebackType
+from typing import IO, Any
 
 from tqdm import tqdm
 
+# Seconds between two reports, however small the log interval: fast runs would write nothing else.
+INTERVAL = 1.0
+
 
 class Progress:
-    """Reports documents, MB/s and tokens/s on stderr.
+    """Reports documents, MB/s, tokens/s and the time left on stderr.
 
     Args:
-        total_bytes: Size of the input on disk.
-        log_interval: Documents between two reports.
+        total_bytes: Size of the input on disk; 0 if unknown.
+        log_interval: Documents between two reports, which are at least a second apart.
+        json_log: File that gets every report as a line of JSON, appended; None for none.
+        done_bytes: Bytes on disk that a run before this one has done.
     """
 
-    def __init__(self, total_bytes: int, log_interval: int) -> None:
+    def __init__(
+        self,
+        total_bytes: int,
+        log_interval: int,
+        json_log: str | os.PathLike[str] | None = None,
+        done_bytes: int = 0,
+    ) -> None:
         self.log_interval = log_interval
-        self.documents = 0
-        self.bytes = 0
-        self.tokens = 0
-        self._start = time.perf_counter()
+        self.documents = self.bytes = self.tokens = self.file_bytes = 0
+        self._left = total_bytes - done_bytes
+        self._known = total_bytes > 0
+        self._start = self._last = time.perf_counter()
         self._next = log_interval
+        self._log: IO[str] | None = None
+        if json_log is not None:
+            try:
+                self._log = open(json_log, "a", encoding="utf-8")  # noqa: SIM115 - closed on exit
+            except OSError as error:
+                raise ValueError(
+                    f"json_log ({json_log}) cannot be written: {error.strerror}. Choose another."
+                ) from None
         self._bar = None
         if sys.stderr.isatty():
             # The bar's refresh thread is of no use here: every chunk refreshes it.
             tqdm.monitor_interval = 0
-            self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing")
+            self._bar = tqdm(
+                total=total_bytes or None,
+                initial=done_bytes,
+                unit="B",
+                unit_scale=True,
+                desc="tokenizing",
+            )
 
     def advance(self, documents: int, size: int, tokens: int, file_bytes: int) -> None:
         """Counts finished work.
@@ -40,17 +68,51 @@ class Progress:
         self.documents += documents
         self.bytes += size
         self.tokens += tokens
+        self.file_bytes += file_bytes
         if self._bar is not None:
             self._bar.update(file_bytes)
-        if self.documents >= self._next:
+        now = time.perf_counter()
+        if self.documents >= self._next and now - self._last >= INTERVAL:
+            self._last = now
             self._next = self.documents - self.documents % self.log_interval + self.log_interval
             if self._bar is not None:
                 self._bar.set_postfix_str(self._rates(), refresh=False)
             else:
-                print(f"Processed {self._rates()}", file=sys.stderr, flush=True)
+                eta = self._eta()
+                left = "" if eta is None else f", {eta:.0f} s left"
+                print(f"Processed {self._rates()}{left}", file=sys.stderr, flush=True)
+            self.log("progress")
+
+    def log(self, event: str, **more: Any) -> None:
+        """Writes a line to the JSON log, if there is one."""
+        if self._log is None:
+            return
+        seconds = self._seconds()
+        record = {
+            "event": event,
+            "time": time.time(),
+            "seconds": round(seconds, 3),
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "mb_per_s": round(self.bytes / seconds / 1e6, 3),
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "eta_s": self._eta(),
+            **more,
+        }
+        self._log.write(json.dumps(record) + "\n")
+        self._log.flush()
+
+    def _seconds(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
+
+    def _eta(self) -> float | None:
+        if not self._known or not self.file_bytes:
+            return None
+        return round(self._seconds() * (self._left - self.file_bytes) / self.file_bytes, 1)
 
     def _rates(self) -> str:
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = self._seconds()
         return (
             f"{self.documents} documents, {self.bytes / seconds / 1e6:.1f} MB/s, "
             f"{self.tokens / seconds / 1e3:.0f}k tokens/s"
@@ -65,6 +127,10 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self.log("stopped", error=str(error))
         if self._bar is not None:
             self._bar.set_postfix_str(self._rates())
             self._bar.close()
+        if self._log is not None:
+            self._log.close()

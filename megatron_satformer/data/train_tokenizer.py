@@ -1,30 +1,41 @@
-"""Trains a SentencePiece BPE model from JSON lines, such that text comes back exactly.
+"""Trains a tokenizer on the inputs of preprocess_data.py, for use with Megatron's flags."""
 
-The model has unk 0, `<s>` 1, `</s>` 2 (Megatron's eod), no pad, then the 256 bytes, then pieces.
-"""
-
-import io
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_satformer.data.atomic import AtomicFile
-from megatron_satformer.data.documents import check_inputs, iterate_documents, read_chunks
+from megatron_satformer.data.byte_level_training import (
+    FIXED_TOKENS,
+    tokenizer_config,
+    train_byte_level,
+)
+from megatron_satformer.data.inputs import find_inputs
+from megatron_satformer.data.reading import read_documents
+from megatron_satformer.data.sentencepiece_training import (
+    FIXED_PIECES,
+    readable_vocabulary,
+    train_sentencepiece,
+)
+from megatron_satformer.data.text_sample import sample_documents
 
-# unk, bos, eos and one piece for each byte.
-FIXED_PIECES = 3 + 256
-# Text is handed over line by line, each with the line ends before it: those after it SentencePiece
-# drops, and would never learn a piece for. So a piece may start with line ends, and spans none.
-LINE = re.compile(r"\n*[^\n]+")
+TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """What was trained: where it is, its size, the text it saw, and the seconds it took."""
+    """What was trained.
+
+    Attributes:
+        model: What --tokenizer-model wants: a .model file, or a folder for HuggingFaceTokenizer.
+        vocab_size: Its size.
+        documents: Documents it learned from, after sampling.
+        text_bytes: Their bytes in UTF-8.
+        seconds: What it took.
+    """
 
     model: Path
     vocab_size: int
@@ -38,11 +49,12 @@ class _Count:
     documents: int = 0
     text_bytes: int = 0
 
-
-def model_path(output: str | os.PathLike[str]) -> Path:
-    """Returns the model file that `output` means: itself, or tokenizer.model in that folder."""
-    path = Path(output)
-    return path if path.suffix == ".model" else path / "tokenizer.model"
+    def texts(self, documents: Iterable[list[str]]) -> Iterator[str]:
+        """Yields the texts of all documents and counts both."""
+        for texts in documents:
+            self.documents += 1
+            self.text_bytes += sum(len(text.encode("utf-8")) for text in texts)
+            yield from texts
 
 
 def train_tokenizer(
@@ -51,132 +63,87 @@ def train_tokenizer(
     vocab_size: int,
     json_keys: Sequence[str] = ("text",),
     overwrite: bool = False,
+    tokenizer_type: str = "SentencePieceTokenizer",
+    max_bytes: int | None = None,
+    document_separator: str | None = None,
 ) -> TrainedTokenizer:
-    """Trains a model on all the text of the inputs and writes it and its readable .vocab.
+    """Trains a tokenizer on the text of the inputs and writes its files.
 
-    The same input gives the same file. SentencePiece holds the text in memory: for a large corpus,
-    give a sample.
+    The same input gives the same files. SentencePiece holds the text in memory, byte-level BPE the
+    different words: for a large corpus, give `max_bytes`.
 
     Args:
-        inputs: JSON lines files.
-        output: A folder, which gets tokenizer.model and tokenizer.vocab, or a name ending in
-            .model.
-        vocab_size: Number of pieces, all included.
-        json_keys: Keys of a line whose text is used.
-        overwrite: Whether an existing model may be replaced.
+        inputs: Files, globs, folders or "-", as `find_inputs` takes them.
+        output: A folder; for SentencePieceTokenizer also a name ending in .model. It gets
+            tokenizer.model and tokenizer.vocab, or tokenizer.json and tokenizer_config.json.
+        vocab_size: Number of ids, all included.
+        json_keys: Keys of a document whose text is used.
+        overwrite: Whether existing files may be replaced.
+        tokenizer_type: One of TYPES.
+        max_bytes: Most bytes of text to learn from, a random sample of the documents; all if None.
+        document_separator: What stands between two documents of a .txt file.
 
     Raises:
         ValueError: If an input is bad, the output exists, or the vocabulary does not fit the text.
     """
     start = time.perf_counter()
-    files = check_inputs(inputs)
-    if vocab_size <= FIXED_PIECES:
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must be more than {FIXED_PIECES}: 3 special pieces and "
-            "256 bytes come first. 4096 suits a few MB of text, 32000 a few GB."
-        )
-    model = model_path(output)
-    paths = (model, model.with_suffix(".vocab"))
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists already. Pass --overwrite, or choose another output.")
+    _check_sizes(tokenizer_type, vocab_size, max_bytes)
+    paths = _output_paths(Path(output), tokenizer_type, overwrite)
+    sources = find_inputs(inputs, document_separator)
     count = _Count()
     with ExitStack() as stack:
         outputs = [stack.enter_context(AtomicFile(path)) for path in paths]
-        content = _train(_lines(files, json_keys, count), vocab_size)
-        for file, part in zip(outputs, (content, _readable_vocabulary(content)), strict=True):
+        documents: Iterable[list[str]] = read_documents(sources, json_keys, document_separator)
+        if max_bytes is not None:
+            documents = sample_documents(iter(documents), max_bytes)
+        parts = _train(count.texts(documents), vocab_size, tokenizer_type)
+        for file, part in zip(outputs, parts, strict=True):
             file.file.write(part)
             file.seal()
         # The model last: where it is, all of it is.
         for file in reversed(outputs):
             file.publish()
     seconds = time.perf_counter() - start
+    model = paths[0] if tokenizer_type == "SentencePieceTokenizer" else paths[0].parent
     return TrainedTokenizer(model, vocab_size, count.documents, count.text_bytes, seconds)
 
 
-def _lines(files: Sequence[Path], keys: Sequence[str], count: _Count) -> Iterator[str]:
-    for chunk in read_chunks(files):
-        for _, texts in iterate_documents(chunk, keys):
-            count.documents += 1
-            for text in texts:
-                count.text_bytes += len(text.encode("utf-8"))
-                yield from LINE.findall(text)
-
-
-def _train(lines: Iterator[str], vocab_size: int) -> bytes:
-    from sentencepiece import SentencePieceTrainer
-
-    # SentencePiece swallows an exception of its iterator and trains on what came before: keep it.
-    failure: list[ValueError] = []
-
-    def guarded() -> Iterator[str]:
-        try:
-            yield from lines
-        except ValueError as error:
-            failure.append(error)
-
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=guarded(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            # The tokenizer must give back what it was given: no folding of unicode (NFKC would turn
-            # "½" into "1/2"), every space and newline kept, and what has no piece spelled in bytes,
-            # not unk.
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            # No space is put before the text: otherwise a text that starts with a space and one
-            # that does not differ by more than that space, and text taken up in the middle of a
-            # word goes wrong.
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            # Characters rarer than this share are left to bytes.
-            character_coverage=0.9995,
-            # Longer lines would be skipped in silence. 4192 is the default, a prose paragraph is
-            # longer.
-            max_sentence_length=1 << 30,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        if not failure:
-            raise ValueError(_explain(str(error), vocab_size)) from None
-    if failure:
-        raise failure[0]
-    return model.getvalue()
-
-
-def _explain(message: str, vocab_size: int) -> str:
-    most = re.search(r"value <= (\d+)", message)
-    if most:
-        return (
-            f"vocab_size ({vocab_size}) must be at most {most[1]} for this much text. Give more "
-            "text, or a smaller vocabulary."
-        )
-    least = re.search(r"required_chars\. (\d+) vs (\d+)", message)
-    if least:
-        return (
-            f"vocab_size ({vocab_size}) must be at least {least[2]}: the text has that many "
-            "pieces by its characters and bytes alone."
-        )
-    if "sentences_.empty()" in message or "!sentences" in message:
-        return "input must hold some text; every document is empty."
-    return f"SentencePiece cannot train on this input: {message.strip()}"
-
-
-def _readable_vocabulary(model: bytes) -> bytes:
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_proto=model)
-    rows = (
-        f"{pieces.id_to_piece(index)!r}\t{pieces.get_score(index):g}\n"
-        for index in range(pieces.get_piece_size())
+def _check_sizes(tokenizer_type: str, vocab_size: int, max_bytes: int | None) -> None:
+    if tokenizer_type not in TYPES:
+        raise ValueError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(TYPES)}.")
+    fixed, what = (
+        (FIXED_PIECES, "3 special pieces")
+        if tokenizer_type == "SentencePieceTokenizer"
+        else (FIXED_TOKENS, "the end of a document")
     )
-    return "".join(rows).encode("utf-8")
+    if vocab_size <= fixed:
+        raise ValueError(
+            f"vocab_size ({vocab_size}) must be more than {fixed}: {what} and 256 bytes come "
+            "first. 4096 suits a few MB of text, 32000 a few GB."
+        )
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes ({max_bytes}) must be at least 1. Some hundred MB are enough.")
+
+
+def _output_paths(output: Path, tokenizer_type: str, overwrite: bool) -> tuple[Path, Path]:
+    """Returns the two files to write, the one that others wait for first."""
+    if tokenizer_type == "SentencePieceTokenizer":
+        model = output if output.suffix == ".model" else output / "tokenizer.model"
+        paths = (model, model.with_suffix(".vocab"))
+    elif output.suffix in (".model", ".json") or output.is_file():
+        raise ValueError(
+            f"output ({output}) must be a folder with HuggingFaceTokenizer: it gets two files."
+        )
+    else:
+        paths = (output / "tokenizer.json", output / "tokenizer_config.json")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already. Pass --overwrite, or choose another output.")
+    return paths
+
+
+def _train(texts: Iterator[str], vocab_size: int, tokenizer_type: str) -> tuple[bytes, bytes]:
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return train_byte_level(texts, vocab_size), tokenizer_config()
+    model = train_sentencepiece(texts, vocab_size)
+    return model, readable_vocabulary(model)

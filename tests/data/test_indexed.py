@@ -136,11 +136,14 @@ DAMAGES = {
     "empty bin": (lambda p: bin_path(p).write_bytes(b""), r"a\.bin is truncated: 0 bytes"),
     "short bin": (lambda p: bin_path(p).write_bytes(bin_path(p).read_bytes()[:-2]), "truncated"),
     "long bin": (lambda p: bin_path(p).write_bytes(b"\0" * 94), "not the file this index was made"),
-    "length": (lambda p: damage(idx_path(p), LENGTHS, b"\xff" * 4), "lengths and offsets disagree"),
-    "pointer": (lambda p: damage(idx_path(p), POINTERS + 8, b"\7"), "lengths and offsets disagree"),
+    "length": (lambda p: damage(idx_path(p), LENGTHS, b"\xff" * 4), "at sequence 0, of -1 tokens"),
+    "pointer": (
+        lambda p: damage(idx_path(p), POINTERS + 8, b"\7"),
+        "sequence 1, .* byte 7 and not 6",
+    ),
     "first boundary": (lambda p: damage(idx_path(p), BOUNDARIES, b"\1"), "document boundaries"),
-    "last boundary": (lambda p: damage(idx_path(p), BOUNDARIES + 48, b"\5"), "document boundaries"),
-    "boundaries": (lambda p: damage(idx_path(p), BOUNDARIES + 16, b"\4"), "document boundaries"),
+    "last boundary": (lambda p: damage(idx_path(p), BOUNDARIES + 48, b"\5"), r"number 6 \(5\) on"),
+    "boundaries": (lambda p: damage(idx_path(p), BOUNDARIES + 16, b"\4"), r"number 3 \(2\) on"),
     "no idx": (lambda p: idx_path(p).unlink(), r"a\.idx is missing \(a\.bin exists\)"),
     "no bin": (lambda p: bin_path(p).unlink(), r"a\.bin is missing \(a\.idx exists\)"),
 }
@@ -159,3 +162,19 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
 def test_nothing_there_says_both_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.idx is missing \(a\.bin is missing too\)"):
         IndexedFile(tmp_path / "a")
+
+
+def test_a_multimodal_index_is_called_by_its_name(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    with idx_path(prefix).open("ab") as file:
+        file.write(bytes(4))
+    with pytest.raises(ValueError, match=r"a\.idx has a mode for each sequence: .* multimodal"):
+        IndexedFile(prefix)
+
+
+def test_a_document_is_all_its_sequences(tmp_path: Path) -> None:
+    data = IndexedFile(write(tmp_path / "a", DOCUMENTS))
+    assert [data.document(number).tolist() for number in range(data.documents)] == DOCUMENTS
+    for wrong in (-1, data.documents):
+        with pytest.raises(ValueError, match=rf"^document \({wrong}\) must be in \[0, 6\)"):
+            data.document(wrong)

@@ -1,17 +1,24 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_satformer.data.data_paths import read_data_paths
 from megatron_satformer.data.indexed import (
     HEADER,
     MAGIC,
+    IndexedFile,
     IndexedWriter,
     bin_path,
     idx_path,
     publish,
 )
-from megatron_satformer.data.preflight import check_training_data
+from megatron_satformer.data.preflight import (
+    check_data_options,
+    check_training_data,
+)
 
 
 def make(prefix: Path, documents: int = 100, largest: int = 9, vocab_size: int = 100) -> str:
@@ -193,3 +200,151 @@ def test_a_large_file_is_sampled_in_blocks(tmp_path: Path, monkeypatch) -> None:
     for scan_tokens in (1, 100, 10_000):
         with pytest.raises(ValueError, match="it has the token 50"):
             check_training_data([path], "98,1,1", 50, scan_tokens=scan_tokens)
+
+
+def test_any_flipped_bit_of_an_index_is_found(tmp_path: Path) -> None:
+    """A boundary beside an empty document may move and still be one: all else must be told."""
+    prefix = tmp_path / "a"
+    with IndexedWriter(prefix, 100) as writer:
+        writer.add_documents(range(50), [3, 0, 17, 1, 29])
+        publish([writer])
+    whole = idx_path(prefix).read_bytes()
+    true = IndexedFile(prefix)
+    tokens, lengths = true.tokens.tolist(), true.lengths.tolist()
+    found = 0
+    for at in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << bit
+            idx_path(prefix).write_bytes(flipped)
+            try:
+                check_training_data([str(prefix)], "100,0,0", 100)
+            except ValueError as error:
+                assert str(error).startswith("data_path (")  # noqa: PT017
+                found += 1
+            else:
+                read = IndexedFile(prefix)
+                assert read.dtype == true.dtype
+                assert (read.tokens.tolist(), read.lengths.tolist()) == (tokens, lengths)
+    assert found > 8 * len(whole) - 16
+
+
+def test_any_cut_of_a_file_is_found(tmp_path: Path) -> None:
+    path = make(tmp_path / "a", documents=4)
+    for file in (idx_path(path), bin_path(path)):
+        whole = file.read_bytes()
+        for kept in range(len(whole)):
+            file.write_bytes(whole[:kept])
+            with pytest.raises(ValueError, match=r"truncated|damaged"):
+                check_training_data([path], "100,0,0", 10)
+        file.write_bytes(whole + b"\0")
+        with pytest.raises(ValueError, match=r"damaged|not the file"):
+            check_training_data([path], "100,0,0", 10)
+        file.write_bytes(whole)
+
+
+def test_a_weight_of_zero(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a"), make(tmp_path / "b")
+    with pytest.raises(
+        ValueError, match=r"^data_path \(0 .*\) must have weights above 0: .*/a has"
+    ):
+        check_training_data(["0", a, "1", b], "98,1,1", 10)
+
+
+def test_a_split_beside_paths_per_split(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"^split \(98,1,1\) must not be given with data paths per"
+    ):
+        check_training_data(None, "98,1,1", 10, train_data_path=[path])
+
+
+OPTIONS: dict[str, Any] = dict.fromkeys(
+    (
+        *("data_path", "train_data_path", "valid_data_path", "test_data_path", "split"),
+        *("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path"),
+        *("multiple_validation_sets", "full_validation"),
+    )
+)
+
+
+def test_paths_in_files(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a"), make(tmp_path / "b")
+    listed, per_split = tmp_path / "list", tmp_path / "paths.json"
+    listed.write_text(f"0.3 {a}\n0.7 {b}\n")
+    options = OPTIONS | {"data_args_path": str(listed), "split": "98,1,1"}
+    summary = check_data_options(options, 10)
+    assert [(one.prefix, one.weight) for one in summary.datasets] == [(a, 0.3), (b, 0.7)]
+    per_split.write_text(json.dumps({"train": f"1 {a} 2 {b}", "valid": [b], "test": None}))
+    paths = read_data_paths(OPTIONS | {"per_split_data_args_path": str(per_split)})
+    assert paths == {
+        "data_path": None,
+        "train_data_path": ["1", a, "2", b],
+        "valid_data_path": [b],
+        "test_data_path": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "message"),
+    [
+        (
+            {"data_args_path": "FILE", "split": "1"},
+            None,
+            r"^data_args_path \(.*\) must be a text f",
+        ),
+        (
+            {"data_args_path": "FILE", "split": "1"},
+            b"\xff",
+            r"must be a text file that can be read",
+        ),
+        (
+            {"data_args_path": "FILE"},
+            b"a",
+            r"^split \(not given\) must be given with data_args_path",
+        ),
+        ({"data_args_path": "FILE", "data_path": ["a"]}, b"a", r"must not be combined with data_p"),
+        ({"per_split_data_args_path": "FILE"}, b"{", r"must be JSON: Expecting .* Mend it\.$"),
+        ({"per_split_data_args_path": "FILE"}, b"[]", r"must hold one JSON object"),
+        ({"per_split_data_args_path": "FILE"}, b'{"train": []}', r'must give "valid" a list of'),
+        ({"per_split_data_args_path": "FILE"}, b'{"train": [1]}', r'must give "train" a list of'),
+        (
+            {"per_split_data_args_path": "FILE", "test_data_path": ["a"]},
+            b"{}",
+            r"must not be combined with train_data_path",
+        ),
+        ({"multiple_validation_sets": True}, b"", r"must come with --full-validation"),
+        (
+            {"multiple_validation_sets": True, "full_validation": True, "data_path": ["a"]},
+            b"",
+            r"must come with --valid-data-path",
+        ),
+    ],
+)
+def test_paths_that_are_refused(
+    tmp_path: Path, options: dict, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "file"
+    if content is not None:
+        file.write_bytes(content)
+    given = {name: str(file) if value == "FILE" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        check_data_options(OPTIONS | given, 10)
+
+
+def test_counts_that_megatron_takes_for_the_headers(tmp_path: Path) -> None:
+    """With --per-dataset-sequences-path Megatron reads no header and guesses the dtype."""
+    path = make(tmp_path / "a")
+    wide = make(tmp_path / "wide", vocab_size=70_000)
+    file = tmp_path / "counts.json"
+    for counts in ({}, {path: [100, 100]}):
+        file.write_text(json.dumps(counts))
+        with pytest.raises(
+            ValueError, match=r"^per_dataset_sequences_path .* must give \[100, 101"
+        ):
+            check_training_data([path], "1", 10, per_dataset_sequences_path=str(file))
+    file.write_text(json.dumps({path: [100, 101], wide: [100, 101]}))
+    check_training_data([path], "1", 10, per_dataset_sequences_path=str(file))
+    check_training_data([wide], "1", 70_000, per_dataset_sequences_path=str(file))
+    with pytest.raises(ValueError, match=r"read the int32 tokens as uint16, by the vocab.* \(10\)"):
+        check_training_data([wide], "1", 10, per_dataset_sequences_path=str(file))

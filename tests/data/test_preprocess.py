@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
 from megatron_satformer.data.indexed import IndexedFile, bin_path, idx_path
-from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
+from megatron_satformer.data.manifest import read_manifest
+from megatron_satformer.data.preprocess import preprocess
+from megatron_satformer.data.preprocess_options import PreprocessOptions
 from megatron_satformer.data.tokenizers import TokenizerOptions, build_tokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -47,109 +48,171 @@ def megatron_contents(
     return bin_path(path).read_bytes(), idx_path(path).read_bytes()
 
 
-@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+@pytest.mark.parametrize("keep_empty", [False, True])
 def test_bytes_equal_megatrons(
-    corpus: Path, texts: list[str], spm: TokenizerOptions, tmp_path: Path, append_eod: bool
+    corpus: Path,
+    texts: list[str],
+    spm: TokenizerOptions,
+    tmp_path: Path,
+    backend: str,
+    keep_empty: bool,
 ) -> None:
     out = tmp_path / "new" / "folder" / "out"
     summary = preprocess(
-        PreprocessOptions([corpus], out, spm, ("text", "title"), append_eod, workers=1)
+        PreprocessOptions(
+            [corpus],
+            out,
+            spm,
+            ("text", "title"),
+            append_eod=not keep_empty,
+            keep_empty=keep_empty,
+            tokenizer_backend=backend,
+            verify_fraction=1.0,
+            workers=1,
+            chunk_bytes=50_000,
+        )
     )
     for key, values in (("text", texts), ("title", [text[:20] for text in texts])):
-        expected = megatron_contents(tmp_path / key, values, spm, append_eod)
-        assert contents(out, key) == expected
-    assert summary.documents == 2 * len(texts)
-    assert summary.empty_documents == 2 * texts.count("")
-    assert summary.json_bytes == corpus.stat().st_size
+        kept = values if keep_empty else [text for text in values if text]
+        assert contents(out, key) == megatron_contents(tmp_path / key, kept, spm, not keep_empty)
+    empty = 2 * texts.count("")
+    assert summary.documents == 2 * len(texts) - (0 if keep_empty else empty)
+    assert (summary.empty_documents, summary.rejected_documents) == (empty, 0)
+    assert summary.text_bytes == corpus.stat().st_size
+    assert summary.backend == backend
+    compared = summary.verified_documents + summary.routed_documents
+    assert compared == (2 * len(texts) if backend == "fast" else 0)
+    entry = read_manifest(Path(f"{out}.manifest.json"))["datasets"]["out_text_document"]
     data = IndexedFile(f"{out}_text_document")
-    assert data.documents == len(texts)
-    ends = np.cumsum(data.lengths) - 1
-    eod = build_tokenizer(spm).eod
-    assert (data.tokens[ends] == eod).all() == append_eod
+    assert (entry["documents"], entry["tokens"]) == (data.documents, data.tokens.size)
+    assert entry["largest_token"] == data.tokens.max()
 
 
 def test_output_does_not_depend_on_workers_or_compression(
-    corpus: Path, spm: TokenizerOptions, tmp_path: Path, tool: Callable, monkeypatch
+    corpus: Path, spm: TokenizerOptions, tmp_path: Path, tool: Callable
 ) -> None:
-    # Large enough for a dozen chunks, with the order of documents visible.
+    # Large enough for some chunks, with the order of documents visible.
     lines = corpus.read_bytes() * 4
-    plain = tmp_path / "a.jsonl"
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
     plain.write_bytes(lines)
-    packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(lines, 1))
     alone = tmp_path / "alone"
     preprocess(PreprocessOptions([plain, corpus], alone, spm, append_eod=True, workers=1))
+    log = tmp_path / "log.jsonl"
     for name, source, workers in (("two", plain, 2), ("three", packed, 3)):
         result = tool(
             "preprocess_data", "--input", source, corpus, *flags(spm), "--append-eod",
-            "--output-prefix", tmp_path / name, "--workers", workers, "--log-interval", 500,
+            "--output-prefix", tmp_path / name, "--workers", workers, "--json-log", log,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         assert contents(tmp_path / name) == contents(alone)
-        assert "documents, " in result.stderr
         assert len(result.stdout.splitlines()) == 1
         assert f"{IndexedFile(f'{alone}_text_document').tokens.size} tokens of uint16" in (
             result.stdout
         )
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["event"] for record in records].count("tokenized") == 2
+    assert all(record["bytes"] == len(lines) + corpus.stat().st_size for record in records[-1:])
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_standard_input_and_text(spm: TokenizerOptions, tmp_path: Path, tool: Callable) -> None:
+    texts = ["one\ntwo", "three", "four "]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    preprocess(PreprocessOptions([tmp_path / "a.jsonl"], tmp_path / "a", spm))
+    (tmp_path / "b.txt").write_text("\n--\n".join(texts))
+    separator = ["--document-separator", r"\n--\n"]
+    for name, source, more, stdin in (
+        ("b", tmp_path / "b.txt", separator, None),
+        ("c", "-", separator, "\n--\n".join(texts)),
+        ("d", "-", [], (tmp_path / "a.jsonl").read_text()),
+    ):
+        result = tool(
+            "preprocess_data", "--input", source, *more, *flags(spm),
+            "--output-prefix", tmp_path / name, input=stdin,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert contents(tmp_path / name) == contents(tmp_path / "a")
+
+
 BAD = {
-    "json": ('{"text": "a"', "line 3: invalid JSON"),
-    "key": ('{"body": "a"}', 'line 3: no key "text" (its keys: body); see --json-keys'),
-    "string": ('{"text": 3}', 'line 3: "text" must be a string, not a number'),
-    "utf8": (b'{"text": "\xff"}', "line 3: invalid UTF-8"),
-    "surrogate": (r'{"text": "\udc00"}', "line 3: "),
-    "empty": ("", "line 3: the line is empty"),
+    "json": ('{"text": "a"', "invalid JSON"),
+    "key": ('{"body": "a"}', 'no key "text" (its keys: body); see --json-keys'),
+    "string": ('{"text": 3}', '"text" must be a string, not a number'),
+    "utf8": (b'{"text": "\xff"}', "invalid UTF-8"),
+    "surrogate": (r'{"text": "\udc00"}', '"text" has half a surrogate pair'),
+    "empty": ("", "the line is empty"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_line_is_named_and_nothing_is_written(
-    name: str, spm: TokenizerOptions, tmp_path: Path, fails: Callable, names: Callable
-) -> None:
+def test_a_bad_line_is_named_or_skipped(name: str, spm: TokenizerOptions, tmp_path: Path) -> None:
     line, message = BAD[name]
     bad = line if isinstance(line, bytes) else line.encode()
     source = tmp_path / "bad.jsonl"
     source.write_bytes(b'{"text": "a"}\n{"text": "b"}\n' + bad + b'\n{"text": "c"}\n')
-    out = tmp_path / "out"
-    error = fails("preprocess_data", "--input", source, *flags(spm), "--output-prefix", out / "x")
-    assert f"error: {source}, {message}" in error
-    assert names(out) == []
+    options = PreprocessOptions([source], tmp_path / "out" / "x", spm)
+    with pytest.raises(ValueError, match="Correct or remove it") as error:
+        preprocess(options)
+    assert str(error.value).startswith(f"{source}, line 3: {message}")
+    assert os.listdir(tmp_path / "out") == []
+    skipping = PreprocessOptions([source], tmp_path / "out" / "x", spm, on_error="skip")
+    assert preprocess(skipping).rejected_documents == 1
+    (reject,) = map(json.loads, Path(f"{tmp_path}/out/x.rejects.jsonl").read_text().splitlines())
+    assert (reject["file"], reject["line"]) == (str(source), 3)
+    assert message in reject["reason"]
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
+    preprocess(PreprocessOptions([whole], tmp_path / "whole", spm))
+    assert contents(tmp_path / "out" / "x") == contents(tmp_path / "whole")
+    source.write_text(whole.read_text())
+    preprocess(PreprocessOptions([source], tmp_path / "out" / "x", spm, overwrite=True))
+    assert not Path(f"{tmp_path}/out/x.rejects.jsonl").exists()
 
 
-def test_a_bad_line_far_in_is_named_by_workers_too(
-    corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails: Callable, names: Callable
+def test_a_bad_line_far_in_is_named_by_workers_and_can_be_skipped_from_there(
+    corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails: Callable, tool: Callable
 ) -> None:
     source = tmp_path / "bad.jsonl"
     good = corpus.read_bytes()
-    source.write_bytes(good * 3 + b"broken\n" + good * 3 + b"broken too\n")
-    number = 3 * good.count(b"\n") + 1
-    out = tmp_path / "out"
-    error = fails(
-        "preprocess_data", "--input", source, *flags(spm), "--output-prefix", out / "x",
-        "--workers", 2, "--log-interval", 10**9,
-    )  # fmt: skip
+    source.write_bytes(good * 6 + b"broken\n" + good * 3 + b"broken too\n")
+    number = 6 * good.count(b"\n") + 1
+    command = ["--input", source, *flags(spm), "--output-prefix", tmp_path / "x"]
+    error = fails("preprocess_data", *command, "--workers", 2)
     assert f"{source}, line {number}: invalid JSON" in error
-    assert names(out) == []
+    assert not list(tmp_path.glob("x_*"))
+    result = tool("preprocess_data", *command, "--on-error", "skip")
+    assert "continuing after" in result.stderr
+    assert "2 rejected" in result.stdout
+    clean = tmp_path / "clean.jsonl"
+    clean.write_bytes(good * 9)
+    preprocess(PreprocessOptions([clean], tmp_path / "y", spm))
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
 
 def test_bad_options(corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails: Callable) -> None:
-    empty, blank = tmp_path / "empty.jsonl", tmp_path / "blank.jsonl"
+    empty, blank, plain = tmp_path / "empty.jsonl", tmp_path / "blank.jsonl", tmp_path / "a.txt"
     empty.touch()
+    plain.touch()
     blank.write_text('{"text": ""}\n')
     usual = {"--input": corpus, "--output-prefix": tmp_path / "x"}
     model = flags(spm)
+    separated = ["--json-keys", "a", "b", "--document-separator", ""]
     cases: list[tuple[dict[str, object], list[object], str]] = [
         ({}, ["--workers", 0], "workers (0) must be at least 1"),
         ({}, ["--log-interval", 0], "log_interval (0) must be at least 1"),
+        ({}, ["--verify-fraction", 2], "verify_fraction (2.0) must be from 0 to 1"),
         ({}, ["--json-keys", "text", "text"], "json_keys (text text) must name each key once"),
-        ({}, ["--split-sentences"], "unrecognized arguments: --split-sentences"),
-        ({}, ["--partitions", 2], "unrecognized arguments: --partitions 2"),
+        ({}, ["--split-sentences"], "--split-sentences is refused: data sets of sentences are"),
+        ({}, ["--dataset-impl", "lazy"], "invalid choice: 'lazy'"),
         ({}, ["--append"], "unrecognized arguments: --append"),
+        ({}, ["--json-log", tmp_path / "none" / "log"], "cannot be written: No such file"),
         ({"--input": tmp_path / "none"}, [], f"input ({tmp_path}/none) does not exist"),
+        ({"--input": plain}, [], "--document-separator"),
+        ({"--input": plain}, separated, "json_keys (a b) must be one with plain text"),
         ({"--input": empty}, [], "has no documents. Nothing was written"),
-        ({"--input": blank}, [], "every document is empty"),
+        ({"--input": blank}, [], "no document has a token"),
         ({"--tokenizer-model": "/none"}, [], "tokenizer_model (/none) does not exist"),
         ({"--tokenizer-type": "BertWordPieceCase"}, [], "tokenizer_type (BertWordPieceCase) must"),
     ]
@@ -158,6 +221,23 @@ def test_bad_options(corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails:
         error = fails("preprocess_data", *[x for pair in given.items() for x in pair], *more)
         assert message in error
     assert list(tmp_path.glob("x*")) == []
+
+
+def test_old_flags_are_taken_with_a_note(
+    spm: TokenizerOptions, tmp_path: Path, tool: Callable
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "first"}\n')
+    old = ["--dataset-impl", "mmap", "--chunk-size", 25, "--partitions", 2]
+    kind, model = flags(spm)[1], flags(spm)[3]
+    result = tool(
+        "preprocess_data", "--input", source, "--tokenizer-type", kind, "--vocab", model, *old,
+        "--keep-sequential-samples", "--output-prefix", tmp_path / "x",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    notes = result.stderr.splitlines()
+    for flag in ("--dataset-impl", "--chunk-size", "--partitions", "--keep-seq", "--vocab"):
+        assert sum(note.startswith(f"note: {flag}") for note in notes) == 1, notes
 
 
 def test_append_eod_needs_an_eod(corpus: Path, tmp_path: Path) -> None:
@@ -179,6 +259,42 @@ def test_ids_that_do_not_fit_name_the_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: (token id|NullTokenizer)"):
         preprocess(PreprocessOptions([source], tmp_path / "x", options))
     assert list(tmp_path.glob("x*")) == []
+
+
+def test_a_mismatch_starts_over_on_the_reference(
+    corpus: Path,
+    spm: TokenizerOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_satformer.data import encoding
+
+    def swapped(self: object, texts: list[str]) -> object:
+        ids, lengths = right(self, texts)
+        # Nothing is wrong until a document late in the corpus.
+        return (ids[::-1], lengths) if any("help(" in text for text in texts) else (ids, lengths)
+
+    right = encoding.FastTokenizer.encode_batch
+    options = {"workers": 1, "verify_fraction": 1.0, "chunk_bytes": 20_000}
+    preprocess(PreprocessOptions([corpus], tmp_path / "right", spm, **options))  # type: ignore[arg-type]
+    # Small inputs are not worth a fast tokenizer, and fast_pipeline compares too.
+    monkeypatch.setattr("megatron_satformer.data.tokenize_run.SMALL", 0)
+    monkeypatch.setattr("megatron_satformer.data.tokenize_run.fast_pipeline", lambda *_: pipeline)
+    from megatron_satformer.data.fast_tokenizer import fast_pipeline
+
+    pipeline = fast_pipeline(spm, build_tokenizer(spm))
+    monkeypatch.setattr(encoding.FastTokenizer, "encode_batch", swapped)
+    summary = preprocess(PreprocessOptions([corpus], tmp_path / "x", spm, **options))  # type: ignore[arg-type]
+    assert summary.backend == "reference"
+    assert contents(tmp_path / "x") == contents(tmp_path / "right")
+    warning = capsys.readouterr().err
+    assert f"WARNING: {corpus}, line " in warning
+    assert "Starting over with the reference alone" in warning
+    with pytest.raises(ValueError, match="Use --tokenizer-backend auto or reference"):
+        preprocess(
+            PreprocessOptions([corpus], tmp_path / "y", spm, tokenizer_backend="fast", **options)  # type: ignore[arg-type]
+        )
 
 
 def test_existing_output(
@@ -206,7 +322,8 @@ def test_the_tool_imports_neither_torch_nor_megatron(spm: TokenizerOptions, tmp_
         "sys.argv.pop(0)\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0, end\n"
-        "loaded = {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
+        "names = ('torch', 'megatron', 'transformers')\n"
+        "loaded = [name for name in names if sys.modules.get(name)]\n"
         "sys.exit(f'imported {loaded}' if loaded else 0)"
     )
     command = [sys.executable, "-c", code, str(TOOL), "--input", str(source), *flags(spm)]
@@ -219,9 +336,9 @@ def running(
 ) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """A run in the middle of its work: tokens are on disk, much is still to come."""
     source = tmp_path / "large.jsonl"
-    source.write_bytes(corpus.read_bytes() * 20)
+    source.write_bytes(corpus.read_bytes() * 40)
     command = [sys.executable, str(TOOL), "--input", str(source), *flags(spm), "--workers", "2"]
-    command += ["--output-prefix", str(tmp_path / "out" / "x"), "--log-interval", "100"]
+    command += ["--tokenizer-backend", "reference", "--output-prefix", str(tmp_path / "out" / "x")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert "Processed" in process.stderr.readline()
@@ -230,40 +347,30 @@ def running(
     process.communicate()
 
 
-def test_after_a_kill_nothing_is_left_running_and_a_rerun_succeeds(
-    running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_leaves_nothing_running_and_is_continued(
+    running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable, number: int
 ) -> None:
     process, command = running
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not [name for name in names(tmp_path / "out") if not name.endswith(".partial")]
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in stderr
+    assert names(tmp_path / "out") == ["x.partial"]
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
-    subprocess.run(command, check=True, capture_output=True)
-    assert names(tmp_path / "out") == ["x_text_document.bin", "x_text_document.idx"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "continuing after" in result.stderr
     model = TokenizerOptions(
         "SentencePieceTokenizer", command[command.index("--tokenizer-model") + 1]
     )
-    source = tmp_path / "large.jsonl"
-    preprocess(PreprocessOptions([source], tmp_path / "whole", model, workers=1))
+    preprocess(PreprocessOptions([tmp_path / "large.jsonl"], tmp_path / "whole", model))
     assert contents(tmp_path / "out" / "x") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_nothing(
-    running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable, number: int
-) -> None:
-    process, _ = running
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in stderr
-    assert names(tmp_path / "out") == []
-
-
-def test_a_dead_worker_is_an_error(
+def test_a_dead_worker_is_an_error_and_the_work_is_kept(
     running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable
 ) -> None:
     process, _ = running
@@ -271,9 +378,11 @@ def test_a_dead_worker_is_an_error(
     psutil.Process(process.pid).children(recursive=True)[-1].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert stderr.splitlines()[-1].startswith("error: workers (2): one of them died")
+    last = stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}/large.jsonl, line ")
+    assert "a worker died" in last
     assert "Traceback" not in stderr
-    assert names(tmp_path / "out") == []
+    assert names(tmp_path / "out") == ["x.partial"]
 
 
 def test_a_full_disk_is_an_error(
@@ -283,8 +392,8 @@ def test_a_full_disk_is_an_error(
     # A limit on file size stands in for the disk: writing fails in the same way.
     error = fails(
         "preprocess_data", "--input", corpus, *flags(spm), "--output-prefix", out / "x",
-        "--workers", 1, "--log-interval", 10**9,
+        "--workers", 1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )  # fmt: skip
-    assert os.strerror(27) in error
+    assert f"{corpus}, line 1: {os.strerror(27)}" in error
     assert names(out) == []

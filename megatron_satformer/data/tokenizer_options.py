@@ -1,0 +1,233 @@
+"""Megatron's tokenizer flags: which type reads which, and what is refused before a file is opened.
+
+Names, defaults and meanings are those of 0.19.2 (megatron/training/config, TokenizerConfig). Every
+flag is read by the type it is given with, or refused, or answered with a note that the data do not
+depend on it.
+"""
+
+import argparse
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SUPPORTED = (
+    *SENTENCEPIECE,
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "GPT2BPETokenizer",
+    "NullTokenizer",
+)
+# What Megatron takes for TikTokenizer where --vocab-size is left out.
+TIKTOKEN_VOCAB_SIZE = 1 << 17
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """The tokenizer flags. Small and picklable: worker processes build their own tokenizer from it.
+
+    Attributes:
+        tokenizer_type: One of SUPPORTED.
+        tokenizer_model: SentencePiece model file; Hugging Face folder or tokenizer.json; TikToken
+            vocabulary (.json).
+        vocab_size: Number of ids, for NullTokenizer and TikTokenizer (which defaults to 131072).
+        vocab_file: GPT-2's vocab.json.
+        merge_file: GPT-2's merges.txt.
+        special_tokens: Further special tokens; for TikTokenizer the whole list.
+        tiktoken_pattern: "v1" or "v2"; v2 if left out.
+        tiktoken_num_special_tokens: Ids in front of the vocabulary.
+        tokenizer_sentencepiece_legacy: Refused.
+        tokenizer_sentencepiece_ignore_extra_whitespaces: False is refused where it would matter.
+        tokenizer_hf_no_use_fast: Ask transformers for its slow class.
+        tokenizer_hf_no_include_special_tokens: Leave out what the tokenizer's template adds.
+        trust_remote_code: Run the tokenizer's own Python code.
+        null_tokenizer_eod_id: Id that ends a document; the last one if left out.
+    """
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_size: int | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    special_tokens: tuple[str, ...] | None = None
+    tiktoken_pattern: Literal["v1", "v2"] | None = None
+    tiktoken_num_special_tokens: int = 1000
+    tokenizer_sentencepiece_legacy: bool = False
+    tokenizer_sentencepiece_ignore_extra_whitespaces: bool = True
+    tokenizer_hf_no_use_fast: bool = False
+    tokenizer_hf_no_include_special_tokens: bool = False
+    trust_remote_code: bool = False
+    null_tokenizer_eod_id: int | None = None
+
+
+_HUGGING_FACE = {
+    "special_tokens",
+    "tokenizer_hf_no_use_fast",
+    "tokenizer_hf_no_include_special_tokens",
+    "trust_remote_code",
+}
+# The options that a type reads; every other must have its default.
+READ_BY: dict[str, set[str]] = {
+    **{
+        kind: {"tokenizer_model", "tokenizer_sentencepiece_ignore_extra_whitespaces"}
+        for kind in SENTENCEPIECE
+    },
+    "HuggingFaceTokenizer": {"tokenizer_model", *_HUGGING_FACE},
+    "TikTokenizer": {
+        "tokenizer_model",
+        "vocab_size",
+        "special_tokens",
+        "tiktoken_pattern",
+        "tiktoken_num_special_tokens",
+    },
+    "GPT2BPETokenizer": {"vocab_file", "merge_file", *_HUGGING_FACE},
+    "NullTokenizer": {"vocab_size", "null_tokenizer_eod_id"},
+}
+# Why an option is refused, where "another type reads it" would not help.
+REASONS = {
+    "vocab_size": "its model says it",
+    "tokenizer_sentencepiece_legacy": (
+        "Megatron's own has no eod then. Train the special tokens into the model instead"
+    ),
+    "special_tokens": "train them into the model instead",
+}
+# Flags of Megatron's parser on which the ids do not depend: they belong to training.
+TRAINING_ONLY: dict[tuple[str, ...], dict[str, Any]] = {
+    ("--padded-vocab-size",): {"type": int},
+    ("--no-pad-vocab-size", "--disable-pad-vocab-size"): {"action": "store_const", "const": True},
+    ("--vocab-extra-ids",): {"type": int},
+    ("--null-tokenizer-pad-id",): {"type": int},
+    ("--chat-template",): {},
+}
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of an option, as Megatron spells it."""
+    if name == "tokenizer_sentencepiece_ignore_extra_whitespaces":
+        return "--no-tokenizer-sentencepiece-ignore-extra-whitespaces"
+    if name == "special_tokens":
+        return "--tokenizer-special-tokens"
+    return "--" + name.replace("_", "-")
+
+
+def check_tokenizer_options(options: TokenizerOptions) -> None:
+    """Refuses a type that is not supported, and every option that its type does not read.
+
+    Raises:
+        ValueError: Naming the option, its value and who reads it.
+    """
+    kind = options.tokenizer_type
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"tokenizer_type ({kind}) must be one of {', '.join(SUPPORTED)}. Megatron's other "
+            "types are for BERT, images or chat data, which this tool does not write."
+        )
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.default is MISSING or value == field.default or field.name in READ_BY[kind]:
+            continue
+        readers = [name for name in SUPPORTED if field.name in READ_BY[name]]
+        reason = REASONS.get(field.name)
+        if field.name == "special_tokens" and kind == "NullTokenizer":
+            reason = None
+        why = f": {reason}" if reason else ""
+        whose = f" It belongs to {', '.join(readers)}." if readers else ""
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        raise ValueError(f"{field.name} ({shown}) must be left out with {kind}{why}.{whose}")
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the tokenizer flags to a tool, by Megatron's names. See `take_tokenizer_options`."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-type", required=required, help=f"One of {', '.join(SUPPORTED)}."
+    )
+    group.add_argument(
+        "--tokenizer-model",
+        help="SentencePiece model; local Hugging Face folder or tokenizer.json; for TikTokenizer "
+        "its vocabulary, a .json list.",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        help=f"Number of ids: NullTokenizer, TikTokenizer (default there {TIKTOKEN_VOCAB_SIZE}).",
+    )
+    group.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer.")
+    group.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer.")
+    group.add_argument(
+        "--vocab", help="Old name of --vocab-file, or of --tokenizer-model where the type has that."
+    )
+    group.add_argument(
+        "--tokenizer-special-tokens",
+        dest="special_tokens",
+        nargs="+",
+        help="Further special tokens; for TikTokenizer the whole list in place of its own seven.",
+    )
+    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), help="v2 if left out.")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, help="Ids kept.")
+    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true", help="Refused.")
+    group.add_argument(
+        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+        "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
+        dest="tokenizer_sentencepiece_ignore_extra_whitespaces",
+        action="store_false",
+        help="Refused for a model that drops repeated spaces; no other needs it.",
+    )
+    group.add_argument(
+        "--tokenizer-hf-no-use-fast", action="store_true", help="transformers' use_fast=False."
+    )
+    group.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        action="store_true",
+        help="Leave out what the tokenizer's template adds, such as a bos.",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="Run the tokenizer's own Python code."
+    )
+    group.add_argument("--null-tokenizer-eod-id", type=int, help="The last id if left out.")
+    group.add_argument("--tokenizer-metadata", help="Refused: --tokenizer-type says it all.")
+    for flags, how in TRAINING_ONLY.items():
+        group.add_argument(*flags, help="Training's; the ids do not depend on it.", **how)
+
+
+def take_tokenizer_options(arguments: dict[str, Any]) -> TokenizerOptions:
+    """Takes the tokenizer flags out of parsed arguments; what is left belongs to the tool.
+
+    Notes about old names and about flags that change nothing go to stderr, one line each.
+
+    Args:
+        arguments: `vars` of what a parser with `add_tokenizer_arguments` returned. Changed.
+
+    Raises:
+        ValueError: If flags contradict each other, or the type does not read one that is given.
+    """
+    for flag, *_ in TRAINING_ONLY:
+        if arguments.pop(flag[2:].replace("-", "_")) is not None:
+            _note(f"{flag} changes nothing in the data; give it to training.")
+    metadata = arguments.pop("tokenizer_metadata")
+    if metadata is not None:
+        raise ValueError(
+            f"tokenizer_metadata ({metadata}) must be left out: it may name a class of its own, "
+            "which is not run here. Use --tokenizer-type."
+        )
+    old = arguments.pop("vocab")
+    if old is not None:
+        reads = READ_BY.get(arguments["tokenizer_type"], set())
+        name = "vocab_file" if "vocab_file" in reads else "tokenizer_model"
+        if arguments[name] is not None:
+            raise ValueError(
+                f"vocab ({old}) must be left out when {name} ({arguments[name]}) is given: it is "
+                f"the old name of {flag_of(name)}."
+            )
+        _note(f"--vocab is the old name of {flag_of(name)}.")
+        arguments[name] = old
+    values = {field.name: arguments.pop(field.name) for field in fields(TokenizerOptions)}
+    if values["special_tokens"] is not None:
+        values["special_tokens"] = tuple(values["special_tokens"])
+    options = TokenizerOptions(**values)
+    check_tokenizer_options(options)
+    return options
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
