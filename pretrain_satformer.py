@@ -63,14 +63,18 @@ from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.resume import check_resume, starts_from_transformer
 from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.data.index_cache import (
+from megatron_satformer.data.training.index_cache import (
     find_index_sets,
     muted_logging,
     plan_config,
     prepare_index_sets,
 )
-from megatron_satformer.data.preflight import DataSummary, check_data_options, describe_data
-from megatron_satformer.data.samples import planned_samples
+from megatron_satformer.data.training.preflight import (
+    DataSummary,
+    check_data_options,
+    describe_data,
+)
+from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.errors import only_rank_0_speaks, usage_errors
 from megatron_satformer.model.builder import (
     SATFormerModelConfig,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_satformer.data.preprocess import PreprocessOptions, preprocess
-from megatron_satformer.data.tokenizers import TokenizerOptions
-from megatron_satformer.data.train_tokenizer import train_tokenizer
+from megatron_satformer.data.preprocess.main import PreprocessOptions, preprocess
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.data.tokenizers.training import train_tokenizer
 from tests.parallel.matrix_table import (  # noqa: F401
     pytest_addoption,
     pytest_terminal_summary,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_satformer.data.indexed import IndexedWriter, publish
+from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 from tests.small import PP2, SHAPE
 
 FLAGS = [*SHAPE, "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--train-iters", "3"]

@@ -3,6 +3,8 @@
 import shutil
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +19,7 @@ from megatron_satformer.data.benchmark import (
     time_libraries,
 )
 from megatron_satformer.data.cli import ToolParser, run_tool
-from megatron_satformer.data.tokenizer_options import TokenizerOptions
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
 
 MIB = 1 << 20
 
@@ -38,7 +40,9 @@ def _parser() -> ToolParser:
         default=[],
         help="Sizes, in GB, of repeated input to report time and peak memory of.",
     )
-    parser.add_argument("--files", action="store_true", help="Time merging and verifying too.")
+    parser.add_argument(
+        "--files", type=Path, metavar="PREFIX", help="Time merging and verifying this data set too."
+    )
     parser.add_argument("--scratch", type=Path, help="Folder for the output; a temporary one.")
     return parser
 
@@ -50,6 +54,42 @@ def _row(timing: Timing, megabytes: float, baseline: float) -> None:
         f"{baseline / timing.median:6.2f} x",
         flush=True,
     )
+
+
+def _report_sizes(
+    args: Namespace,
+    commands: Mapping[str, tuple[list[str], Path]],
+    out: Path,
+    megabytes: float,
+    library: Timing | None,
+) -> None:
+    """Time and memory at several sizes, and the speed between the smallest and the largest."""
+    for name in ("ours, verify 0.01", "ours, verify 0"):
+        done = []
+        for gigabytes in args.memory_gb:
+            large = out / "large.jsonl"
+            repeat_corpus(args.input, large, int(gigabytes * 1e9))
+            size = large.stat().st_size / 1e6
+            command, _ = commands[name]
+            timing = Timing(f"{name}, {gigabytes:g} GB")
+            run_timed(timing, [str(large) if w == str(args.input) else w for w in command])
+            _row(timing, size, timing.median)
+            done.append((size, timing.median))
+        if len(done) > 1:
+            (small, soon), (large_size, late) = min(done), max(done)
+            steady = (large_size - small) / (late - soon)
+            share = f", {steady * library.median / megabytes:.0%} of the library" if library else ""
+            print(f"{name}: steady state {steady:.1f} MB/s{share}", flush=True)
+
+
+def _report_files(args: Namespace, out: Path) -> None:
+    ends = ("bin", "idx")
+    size = 2 * sum(Path(f"{args.files}.{end}").stat().st_size for end in ends) / 1e6
+    found = time_files(args.files, out, args.repeat)
+    for name, against in (("merge_datasets", "cp"), ("inspect_dataset --verify", "sha256sum")):
+        print(f"{size:.1f} MB of data sets; the last column is the speed over {against}")
+        for timing in (found[against], found[name]):
+            _row(timing, size, found[against].median)
 
 
 def main() -> None:
@@ -84,32 +124,15 @@ def main() -> None:
         print(f"the last column is the speed over {baseline.name}")
         for timing in timings.values():
             _row(timing, megabytes, baseline.median)
+        library = None
         if not args.skip_libraries:
             options = TokenizerOptions(args.tokenizer_type, args.tokenizer_model)
             for timing in time_libraries(args.input, options, args.workers):
                 _row(timing, megabytes, baseline.median)
+                library = library or timing
+        _report_sizes(args, commands, out, megabytes, library)
         if args.files:
-            size = 2 * sum(Path(f"{prefixes[0]}.{end}").stat().st_size for end in ("bin", "idx"))
-            found = time_files(prefixes[0], out, args.repeat)
-            for name, against in (
-                ("merge_datasets", "cp"),
-                ("inspect_dataset --verify", "sha256sum"),
-            ):
-                print(
-                    f"{size / 1e6:.1f} MB of data sets; the last column is the speed over {against}"
-                )
-                for timing in (found[against], found[name]):
-                    _row(timing, size / 1e6, found[against].median)
-        for gigabytes in args.memory_gb:
-            large = out / "large.jsonl"
-            repeat_corpus(args.input, large, int(gigabytes * 1e9))
-            command = [
-                str(large) if word == str(args.input) else word
-                for word in next(iter(commands.values()))[0]
-            ]
-            timing = Timing(f"ours, {gigabytes:g} GB")
-            run_timed(timing, command)
-            _row(timing, large.stat().st_size / 1e6, timing.median)
+            _report_files(args, out)
     finally:
         shutil.rmtree(out)
 

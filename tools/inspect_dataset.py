@@ -9,9 +9,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.data.cli import ToolParser, run_tool
-from megatron_satformer.data.dataset_report import open_dataset, render_report, report_dataset
-from megatron_satformer.data.decoding import add_decoding_arguments, take_tokenizer, text_of
-from megatron_satformer.data.verify import verify_dataset
+from megatron_satformer.data.datasets.report import open_dataset, render_report, report_dataset
+from megatron_satformer.data.datasets.verify import verify_dataset
+from megatron_satformer.data.tokenizers.decoding import (
+    add_decoding_arguments,
+    take_tokenizer,
+    text_of,
+)
 
 
 def _parser() -> ToolParser:

@@ -11,13 +11,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.data.cli import ToolParser, run_tool
-from megatron_satformer.data.preprocess import preprocess
-from megatron_satformer.data.preprocess_options import BACKENDS, ON_ERROR, PreprocessOptions
-from megatron_satformer.data.tokenizer_options import (
+from megatron_satformer.data.preprocess.main import preprocess
+from megatron_satformer.data.preprocess.options import BACKENDS, ON_ERROR, PreprocessOptions
+from megatron_satformer.data.tokenizers.hugging_face import hide_torch
+from megatron_satformer.data.tokenizers.options import (
     add_tokenizer_arguments,
     take_tokenizer_options,
 )
-from megatron_satformer.data.tokenizers import hide_torch
 
 # Flags of Megatron-LM's tool, old and new, that change nothing here, and why.
 WITHOUT_EFFECT = {

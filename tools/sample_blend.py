@@ -7,14 +7,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.blend_report import (
+from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.data.tokenizers.decoding import (
+    add_decoding_arguments,
+    take_tokenizer,
+    text_of,
+)
+from megatron_satformer.data.training.blend_report import (
     draw_documents,
     render_blend,
     report_blend,
     wanted_samples,
 )
-from megatron_satformer.data.cli import ToolParser, run_tool
-from megatron_satformer.data.decoding import add_decoding_arguments, take_tokenizer, text_of
 
 SHOWN = 64
 

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from megatron_satformer.data.blend import SPLITS, parse_split, split_documents
-from megatron_satformer.data.indexed import IndexedFile
+from megatron_satformer.data.datasets.indexed import IndexedFile
+from megatron_satformer.data.training.blend import SPLITS, parse_split, split_documents
 
 
 def read_splits(prefix: str | os.PathLike[str], split: str) -> dict[str, npt.NDArray]:

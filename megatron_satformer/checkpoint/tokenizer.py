@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_satformer.data.sentencepiece_pipeline import (
+from megatron_satformer.data.tokenizers.sentencepiece_pipeline import (
     SAMPLE_TEXTS,
     SPACE,
     NotConvertibleError,

@@ -20,10 +20,12 @@ from typing import Any
 
 import psutil
 
-from megatron_satformer.data.documents import build_line_parser
-from megatron_satformer.data.fast_tokenizer import FastTokenizer, fast_pipeline
-from megatron_satformer.data.indexed import bin_path, idx_path
-from megatron_satformer.data.tokenizers import TokenizerOptions, build_tokenizer, hide_torch
+from megatron_satformer.data.datasets.indexed import bin_path, idx_path
+from megatron_satformer.data.reading.documents import build_line_parser
+from megatron_satformer.data.tokenizers.fast import FastTokenizer, fast_pipeline
+from megatron_satformer.data.tokenizers.hugging_face import hide_torch
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.data.tokenizers.reference import build_tokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # Texts handed to a library in one call.

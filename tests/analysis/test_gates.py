@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_satformer.analysis import gates
-from megatron_satformer.data.indexed import IndexedWriter, publish
+from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 13 * 8 + 3).astype(np.uint16)
 

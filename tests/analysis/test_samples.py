@@ -8,7 +8,7 @@ import pytest
 
 from megatron_satformer.analysis.samples import generate_samples
 from megatron_satformer.checkpoint.tokenizer import export_tokenizer
-from megatron_satformer.data.train_tokenizer import train_tokenizer
+from megatron_satformer.data.tokenizers.training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["def parse", "import os\n"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_satformer.analysis.unigram import read_splits, unigram_entropy
-from megatron_satformer.data.indexed import IndexedWriter, publish
+from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 
 DOCUMENTS = [[0, 0, 1], [1, 0], [2], [0, 3, 3, 1]]  # with 75,25,0 the last one is validation
 

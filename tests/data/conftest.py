@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_satformer.data.tokenizers import TokenizerOptions
-from megatron_satformer.data.train_tokenizer import train_tokenizer
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.data.tokenizers.training import train_tokenizer
 from tests.texts import source_texts, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,309 @@
+"""A chunk of documents to tokens: what a worker does.
+
+With a fast tokenizer, documents of a kind it is known to get wrong go to the reference tokenizer,
+and a random sample of the others is encoded by both. The ids must be equal.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_satformer.data.datasets.indexed import token_dtype
+from megatron_satformer.data.reading.chunks import Chunk, iterate_documents
+from megatron_satformer.data.reading.documents import Rejected, build_line_parser
+from megatron_satformer.data.tokenizers.fast import FastTokenizer
+from megatron_satformer.data.tokenizers.hugging_face import BackendCopy
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.data.tokenizers.reference import Tokenizer, build_tokenizer
+
+# The index holds lengths in 32 bits.
+MOST_TOKENS = 2**31 - 1
+EXCERPT = 200
+
+
+class BadDocumentError(ValueError):
+    """A document that cannot be used: its place in the chunk, from 0, and the reason."""
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(offset, reason)
+        self.offset, self.reason = offset, reason
+
+
+class MismatchError(Exception):
+    """The fast tokenizer gave other ids than the reference: place in the chunk, and what it saw."""
+
+    def __init__(self, offset: int, excerpt: str) -> None:
+        super().__init__(offset, excerpt)
+        self.offset, self.excerpt = offset, excerpt
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """What a worker needs to know; small, and the same for all of a run.
+
+    Attributes:
+        tokenizer: The tokenizer flags.
+        keys: Keys of a document, in the order of the output.
+        vocab_size: Size of the vocabulary.
+        end: Id that ends every document that is not empty, or None.
+        keep_empty: Whether documents without a token stay, as boundaries.
+        skip_bad: Whether bad documents are reported in the result, rather than raised.
+        pipeline: What FastTokenizer is built from; None is the reference tokenizer alone.
+        verify_fraction: Share of the documents that both tokenizers encode.
+        copy: What the reference tokenizer is built from; None is the tokenizer flags.
+    """
+
+    tokenizer: TokenizerOptions
+    keys: tuple[str, ...]
+    vocab_size: int
+    end: int | None
+    keep_empty: bool = False
+    skip_bad: bool = False
+    pipeline: str | None = field(default=None, repr=False)
+    verify_fraction: float = 0.0
+    copy: BackendCopy | None = None
+
+
+@dataclass(frozen=True)
+class KeyTokens:
+    """The tokens of one key of a chunk.
+
+    Attributes:
+        ids: Ids end to end, in the dtype of the output. [sum(lengths)]
+        lengths: Number of ids of each document, int32. [documents]
+        empty: Documents without a token; they are in `lengths` only if empty ones are kept.
+        largest: The largest id, -1 if there is none.
+        sha256: Of ids and lengths.
+    """
+
+    ids: npt.NDArray
+    lengths: npt.NDArray[np.int32]
+    empty: int
+    largest: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one chunk.
+
+    Attributes:
+        documents: Documents read, bad and empty ones included.
+        text_bytes: Their bytes in the input, uncompressed.
+        keys: One for each key.
+        rejected: The bad documents.
+        verified: Documents (of one key) that both tokenizers encoded.
+        routed: Documents (of one key) that went to the reference by their kind.
+    """
+
+    documents: int
+    text_bytes: int
+    keys: list[KeyTokens]
+    rejected: list[Rejected]
+    verified: int
+    routed: int
+
+
+class ChunkEncoder:
+    """Tokenizes chunks; lives in each worker."""
+
+    def __init__(self, options: EncodingOptions, reference: Tokenizer | None = None) -> None:
+        self.options = options
+        self.dtype = token_dtype(options.vocab_size)
+        self.fast = None if options.pipeline is None else FastTokenizer(options.pipeline)
+        self._parse = build_line_parser(options.keys)
+        self._reference = reference
+        self._verified = self._routed = 0
+
+    @property
+    def reference(self) -> Tokenizer:
+        """The reference tokenizer, built when it is first needed."""
+        if self._reference is None:
+            copy = self.options.copy
+            self._reference = copy.build() if copy else build_tokenizer(self.options.tokenizer)
+        return self._reference
+
+    def encode(self, number: int, chunk: Chunk) -> Encoded:
+        """Returns the tokens of a chunk.
+
+        Args:
+            number: Of the chunk; it seeds the choice of the documents to verify.
+            chunk: The chunk.
+
+        Raises:
+            BadDocumentError: For the first bad document, unless bad ones are skipped.
+            MismatchError: For a document whose ids differ.
+        """
+        texts: list[list[str]] = [[] for _ in self.options.keys]
+        bad: dict[int, Rejected] = {}
+        places: list[int] = []
+        documents = text_bytes = 0
+        for offset, (content, error) in enumerate(
+            iterate_documents(chunk, self.options.keys, self._parse)
+        ):
+            documents += 1
+            if error is not None:
+                excerpt = content[:EXCERPT].decode("utf-8", "replace")  # type: ignore[union-attr]
+                bad[offset] = Rejected(offset, str(error), excerpt)
+                if not self.options.skip_bad:
+                    break
+                continue
+            places.append(offset)
+            for target, text in zip(texts, content, strict=True):
+                target.append(text)  # type: ignore[arg-type]
+        self._verified = self._routed = 0
+        random = np.random.default_rng(number)
+        encoded = [self._encode_key(key_texts, places, bad, random) for key_texts in texts]
+        if bad and not self.options.skip_bad:
+            first = bad[min(bad)]
+            raise BadDocumentError(first.offset, first.reason)
+        good = np.array([place not in bad for place in places], dtype=bool)
+        text_bytes = _text_bytes(chunk)
+        return Encoded(
+            documents,
+            text_bytes,
+            [self._finish(ids, lengths, good) for ids, lengths in encoded],
+            [bad[offset] for offset in sorted(bad)],
+            self._verified,
+            self._routed,
+        )
+
+    def _encode_key(
+        self,
+        texts: list[str],
+        places: list[int],
+        bad: dict[int, Rejected],
+        random: np.random.Generator,
+    ) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
+        """Ids and lengths of the texts of one key; adds to `bad` what cannot be encoded."""
+        if self.fast is None:
+            ids, lengths, failed = self._encode_by_reference(texts)
+        else:
+            ids, lengths, failed = self._encode_fast(texts, places, random)
+        ends = np.cumsum(lengths)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.options.vocab_size):
+            for position in np.flatnonzero((ids < 0) | (ids >= self.options.vocab_size)):
+                failed.setdefault(
+                    int(np.searchsorted(ends, position, side="right")),
+                    f"token id {ids[position]} must be in [0, {self.options.vocab_size}), the "
+                    "tokenizer's vocabulary",
+                )
+        most = MOST_TOKENS - (self.options.end is not None)
+        for document in np.flatnonzero(lengths > most).tolist():
+            failed[document] = (
+                f"the document has {lengths[document]} tokens, more than a document of the "
+                f"format can hold ({MOST_TOKENS}); cut it in pieces"
+            )
+        for document, reason in failed.items():
+            offset = places[document]
+            bad.setdefault(offset, Rejected(offset, reason, texts[document][:EXCERPT]))
+        return ids, lengths
+
+    def _encode_by_reference(
+        self, texts: Sequence[str]
+    ) -> tuple[npt.NDArray, npt.NDArray[np.int64], dict[int, str]]:
+        failed: dict[int, str] = {}
+        try:
+            documents = self.reference.encode_batch(texts)
+        except ValueError:
+            # One of them cannot be encoded: find out which.
+            documents = []
+            for index, text in enumerate(texts):
+                try:
+                    documents.append(self.reference.encode(text))
+                except ValueError as error:
+                    failed[index] = str(error)
+                    documents.append([])
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        ids = np.empty(int(lengths.sum()), dtype=np.int64)
+        position = 0
+        for index, tokens in enumerate(documents):
+            try:
+                ids[position : position + len(tokens)] = tokens
+            except OverflowError:
+                ids[position : position + len(tokens)] = -1
+                failed[index] = f"token id {max(tokens, key=abs)} is beyond any vocabulary"
+            position += len(tokens)
+        return ids, lengths, failed
+
+    def _encode_fast(
+        self, texts: list[str], places: list[int], random: np.random.Generator
+    ) -> tuple[npt.NDArray, npt.NDArray[np.int64], dict[int, str]]:
+        assert self.fast is not None
+        taken = np.fromiter(map(self.fast.takes, texts), dtype=bool, count=len(texts))
+        chosen = texts if taken.all() else list(compress(texts, taken))
+        try:
+            ids, lengths = self.fast.encode_batch(chosen)
+        except ValueError:
+            # Its regex engine gives up on some texts.
+            ids, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+            taken[:] = False
+        failed: dict[int, str] = {}
+        others = np.flatnonzero(~taken)
+        if others.size:
+            fast_ids, fast_lengths = ids, lengths
+            slow_ids, slow_lengths, slow_failed = self._encode_by_reference(
+                [texts[index] for index in others]
+            )
+            lengths = np.empty(len(texts), dtype=np.int64)
+            lengths[taken], lengths[others] = fast_lengths, slow_lengths
+            from_fast = np.repeat(taken, lengths)
+            ids = np.empty(from_fast.size, dtype=np.int64)
+            ids[from_fast], ids[~from_fast] = fast_ids, slow_ids
+            failed = {int(others[index]): reason for index, reason in slow_failed.items()}
+        sample = np.flatnonzero(taken & (random.random(len(texts)) < self.options.verify_fraction))
+        if sample.size:
+            self._verify(texts, places, sample, ids, lengths)
+        self._verified += int(sample.size)
+        self._routed += int(others.size)
+        return ids, lengths, failed
+
+    def _verify(
+        self,
+        texts: list[str],
+        places: list[int],
+        sample: npt.NDArray[np.intp],
+        ids: npt.NDArray,
+        lengths: npt.NDArray[np.int64],
+    ) -> None:
+        ends = np.cumsum(lengths)
+        expected, counts, _ = self._encode_by_reference([texts[index] for index in sample])
+        starts = np.cumsum(counts) - counts
+        for index, start, count in zip(sample, starts, counts, strict=True):
+            got = ids[ends[index] - lengths[index] : ends[index]]
+            if not np.array_equal(got, expected[start : start + count]):
+                raise MismatchError(places[index], texts[index][:EXCERPT])
+
+    def _finish(
+        self, ids: npt.NDArray, lengths: npt.NDArray[np.int64], good: npt.NDArray[np.bool_]
+    ) -> KeyTokens:
+        """Drops what is bad or empty, and ends the documents."""
+        if not good.all():
+            ids, lengths = ids[np.repeat(good, lengths)], lengths[good]
+        present = lengths > 0
+        empty = int(lengths.size - present.sum())
+        if empty and not self.options.keep_empty:
+            lengths, present = lengths[present], present[present]
+        largest = int(ids.max()) if ids.size else -1
+        ids = ids.astype(self.dtype)
+        if self.options.end is not None and ids.size:
+            ids = np.insert(ids, np.cumsum(lengths)[present], self.options.end)
+            lengths = lengths + present
+            largest = max(largest, self.options.end)
+        short = lengths.astype(np.int32)
+        digest = hashlib.sha256(ids)
+        digest.update(short)
+        return KeyTokens(ids, short, empty, largest, digest.hexdigest())
+
+
+def _text_bytes(chunk: Chunk) -> int:
+    if chunk.kind == "range":
+        return chunk.end - chunk.begin
+    if chunk.kind == "rows":
+        return sum(len(text) for row in chunk.content for text in row if isinstance(text, str))
+    ends = len(chunk.content) if chunk.kind == "lines" else 0
+    return sum(map(len, chunk.content)) + ends

@@ -1,0 +1,1 @@
+"""Tokenizers by Megatron's flags, their fast equal, and training them."""
