@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.data.datasets.indexed import bin_path, idx_path
+from megatron_satformer.data.datasets.indexed import bin_path, check_prefix, idx_path
 from megatron_satformer.data.preprocess.options import (
     PreprocessOptions,
     PreprocessSummary,
@@ -40,6 +40,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
     sources = find_inputs(options.input, options.document_separator)
     check_options(options, sources)
     prefix = os.fspath(options.output_prefix)
+    check_prefix("output_prefix", prefix)
     names = [f"{Path(prefix).name}_{key}_document" for key in options.json_keys]
     prefixes = tuple(os.fspath(Path(prefix).parent / name) for name in names)
     with RunFolder(prefix) as folder:

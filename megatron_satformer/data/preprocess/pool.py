@@ -24,11 +24,15 @@ _encoder: ChunkEncoder
 
 
 class WorkerDiedError(Exception):
-    """A worker process is gone; `chunk` is the first whose tokens are missing."""
+    """A worker process is gone."""
 
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.chunk = chunk
+
+class ChunkError(Exception):
+    """The first chunk whose tokens are missing, and why they are."""
+
+    def __init__(self, chunk: Chunk, cause: Exception) -> None:
+        super().__init__(chunk.path, cause)
+        self.chunk, self.cause = chunk, cause
 
 
 def _start_worker(options_file: str) -> None:
@@ -67,8 +71,7 @@ def encode_in_order(
         reference: A tokenizer that exists already, for this process.
 
     Raises:
-        BadDocumentError, MismatchError: As ChunkEncoder.encode, with `chunk` set to the chunk.
-        WorkerDiedError: If a worker process dies.
+        ChunkError: For whatever ChunkEncoder.encode raises, or WorkerDiedError.
     """
     if workers == 1:
         encoder = ChunkEncoder(options, reference)
@@ -76,8 +79,7 @@ def encode_in_order(
             try:
                 encoded = encoder.encode(number, chunk)
             except Exception as error:
-                error.chunk = chunk  # type: ignore[attr-defined]
-                raise
+                raise ChunkError(chunk, error) from error
             yield number, chunk, encoded
         return
     with NamedTemporaryFile(prefix="tokenizer-") as file:
@@ -104,7 +106,8 @@ def _encode_in_pool(
             try:
                 waiting.append((number, chunk, pool.submit(_encode_in_worker, number, chunk)))
             except BrokenProcessPool:
-                raise WorkerDiedError(waiting[0][1] if waiting else chunk) from None
+                first = waiting[0][1] if waiting else chunk
+                raise ChunkError(first, WorkerDiedError()) from None
             if len(waiting) >= workers * CHUNKS_IN_FLIGHT:
                 yield _next(waiting)
         while waiting:
@@ -120,7 +123,6 @@ def _next(
     try:
         return number, chunk, future.result()
     except BrokenProcessPool:
-        raise WorkerDiedError(chunk) from None
+        raise ChunkError(chunk, WorkerDiedError()) from None
     except Exception as error:
-        error.chunk = chunk  # type: ignore[attr-defined]
-        raise
+        raise ChunkError(chunk, error) from error

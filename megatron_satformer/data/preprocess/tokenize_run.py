@@ -16,7 +16,7 @@ from megatron_satformer.data.preprocess.encoding import (
 )
 from megatron_satformer.data.preprocess.finish import publish_run
 from megatron_satformer.data.preprocess.options import PreprocessOptions
-from megatron_satformer.data.preprocess.pool import WorkerDiedError, encode_in_order
+from megatron_satformer.data.preprocess.pool import ChunkError, WorkerDiedError, encode_in_order
 from megatron_satformer.data.preprocess.progress import Progress
 from megatron_satformer.data.preprocess.run_folder import RunFolder, Spool
 from megatron_satformer.data.reading.chunks import Chunk, describe_bad, read_chunks
@@ -27,6 +27,7 @@ from megatron_satformer.data.tokenizers.reference import Tokenizer
 
 # What a chunk's record counts, and a run adds up.
 COUNTS = ("documents", "bytes", "file_bytes", "rejected", "verified", "routed")
+KEPT = "Put that right; the work so far is kept, run the same command to continue"
 # Bytes of input below which the fast tokenizer takes longer to prepare than it saves.
 SMALL = 1 << 20
 
@@ -62,18 +63,17 @@ class TokenizeRun:
         """Does what is left to do; returns the summary and the bytes that were done before."""
         state = {**state, "backend": self._choose_backend(state["backend"])}
         self.folder.write_state(state)
-        try:
-            spools, resumed = self._write_chunks()
-        except MismatchError as mismatch:
-            place = self._place(mismatch.chunk, mismatch.offset)  # type: ignore[attr-defined]
-            found = f"{place}: the fast tokenizer differs from the reference ({mismatch.excerpt!r})"
-            if self.options.tokenizer_backend == "fast":
-                raise ValueError(f"{found}. Use --tokenizer-backend auto or reference.") from None
-            print(f"WARNING: {found}. Starting over with the reference alone.", file=sys.stderr)
+        while True:
+            try:
+                spools, resumed = self._write_chunks()
+                break
+            except ChunkError as failed:
+                if not isinstance(failed.cause, MismatchError):
+                    raise self._explain(failed) from failed.cause
+                self._report_mismatch(failed.chunk, failed.cause)
             state = {**state, "backend": "reference"}
             self.folder.start(state)
             self.encoding = replace(self.encoding, pipeline=None)
-            spools, resumed = self._write_chunks()
         try:
             self._check_complete(spools)
         except ValueError:
@@ -92,7 +92,11 @@ class TokenizeRun:
             "routed_documents": self.totals["routed"],
         }
         prefix = os.fspath(self.options.output_prefix)
-        publish_run(self.folder, prefix, spools, state, summary)
+        try:
+            publish_run(self.folder, prefix, spools, state, summary)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{self.folder.path}: {reason}. {KEPT}.") from None
         return summary, resumed
 
     def _choose_backend(self, choice: str) -> str:
@@ -131,32 +135,12 @@ class TokenizeRun:
         with Progress(
             total, self.options.log_interval, self.options.json_log, self.totals["file_bytes"]
         ) as progress:
-            try:
-                for _, chunk, encoded in encode_in_order(
-                    left, self.encoding, self._count_workers(), self.reference
-                ):
-                    self._write(chunk, encoded)
-                    tokens = sum(part.ids.size for part in encoded.keys)
-                    progress.advance(
-                        encoded.documents, encoded.text_bytes, tokens, chunk.file_bytes
-                    )
-            except BadDocumentError as bad:
-                source = self.sources[bad.chunk.source]  # type: ignore[attr-defined]
-                number = self.seen[bad.chunk.source] + bad.offset + 1  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"{describe_bad(source, number, bad.reason)} Or pass --on-error skip, which "
-                    "continues from here."
-                ) from None
-            except WorkerDiedError as died:
-                raise ValueError(
-                    f"{self._place(died.chunk)} or after it: a worker died (out of memory, or "
-                    f"killed). {self._kept()} with fewer --workers, or look in the system log for "
-                    "what killed it."
-                ) from None
-            except OSError as error:
-                at = getattr(error, "chunk", None)
-                place = self._place(at) if at else os.fspath(self.folder.path)
-                raise ValueError(f"{place}: {error.strerror or error}. {self._kept()}.") from None
+            for _, chunk, encoded in encode_in_order(
+                left, self.encoding, self._count_workers(), self.reference
+            ):
+                self._write(chunk, encoded)
+                tokens = sum(part.ids.size for part in encoded.keys)
+                progress.advance(encoded.documents, encoded.text_bytes, tokens, chunk.file_bytes)
             progress.log("tokenized")
         return spools, resumed
 
@@ -183,9 +167,38 @@ class TokenizeRun:
         try:
             self.folder.append(record, encoded.keys, rejects)
         except OSError as error:
-            error.chunk = chunk  # type: ignore[attr-defined]
-            raise
+            raise ChunkError(chunk, error) from error
         self._count(record)
+
+    def _report_mismatch(self, chunk: Chunk, mismatch: MismatchError) -> None:
+        """Warns, or raises ValueError where the user insists on the fast tokenizer."""
+        found = (
+            f"{self._place(chunk, mismatch.offset)}: the fast tokenizer differs from the reference "
+            f"({mismatch.excerpt!r})"
+        )
+        if self.options.tokenizer_backend == "fast":
+            raise ValueError(f"{found}. Use --tokenizer-backend auto or reference.")
+        print(f"WARNING: {found}. Starting over with the reference alone.", file=sys.stderr)
+
+    def _explain(self, failed: ChunkError) -> Exception:
+        """Returns what to tell the user, or the error itself where it is our bug."""
+        cause = failed.cause
+        if isinstance(cause, BadDocumentError):
+            source = self.sources[failed.chunk.source]
+            number = self.seen[failed.chunk.source] + cause.offset + 1
+            return ValueError(
+                f"{describe_bad(source, number, cause.reason)} Or pass --on-error skip, which "
+                "continues from here."
+            )
+        place = self._place(failed.chunk)
+        if isinstance(cause, WorkerDiedError):
+            return ValueError(
+                f"{place} or after it: a worker died (out of memory, or killed). {KEPT} with fewer "
+                "--workers, or look in the system log for what killed it."
+            )
+        if isinstance(cause, OSError):
+            return ValueError(f"{place}: {cause.strerror or cause}. {KEPT}.")
+        return cause
 
     def _count(self, record: dict[str, Any]) -> None:
         self.seen[record["source"]] += record["documents"]
@@ -206,9 +219,6 @@ class TokenizeRun:
     def _place(self, chunk: Chunk, offset: int = 0) -> str:
         source = self.sources[chunk.source]
         return f"{source.path}, {source.unit} {self.seen[chunk.source] + offset + 1}"
-
-    def _kept(self) -> str:
-        return "Put that right; the work so far is kept, run the same command to continue"
 
     def _check_complete(self, spools: Sequence[Spool]) -> None:
         names = ", ".join(source.path for source in self.sources)

@@ -11,6 +11,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
 # Read as lines these would give nonsense, so they are refused by name.
 NOT_TEXT = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".bin", ".idx", ".npy")
+# What preprocess_data itself writes beside its output.
+OURS = (".manifest.json", ".rejects.jsonl")
 WAY_OUT = (
     "Give .jsonl, .txt (also .gz or .zst) or .parquet files, a glob, a folder, or - for stdin."
 )
@@ -81,7 +83,11 @@ def find_inputs(
 def _expand(value: str) -> list[str]:
     path = Path(value)
     if path.is_dir():
-        names = sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file)[0])
+        names = sorted(
+            str(file)
+            for file in path.rglob("*")
+            if file.is_file() and _kind(file)[0] and not _is_ours_or_hidden(file.relative_to(path))
+        )
         if not names:
             raise ValueError(f"input ({value}) is a folder without a file to read. {WAY_OUT}")
         return names
@@ -93,6 +99,12 @@ def _expand(value: str) -> list[str]:
             return names
         raise ValueError(f"input ({value}) matches no file. {WAY_OUT}")
     raise ValueError(f"input ({value}) does not exist. {WAY_OUT}")
+
+
+def _is_ours_or_hidden(path: Path) -> bool:
+    """Whether a file found in a folder is no corpus: what a run wrote there, or a hidden file."""
+    hidden = any(part.startswith(".") or part.endswith(".partial") for part in path.parts)
+    return hidden or path.name.endswith(OURS)
 
 
 def _kind(path: Path) -> tuple[str | None, str | None]:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_satformer.data.datasets.indexed import IndexedFile
+from megatron_satformer.data.datasets.manifest import find_manifest
+from megatron_satformer.data.datasets.verify import verify_dataset
 from megatron_satformer.data.training.blend import (
     DEFAULT_SPLIT,
     SPLITS,
@@ -310,7 +312,7 @@ def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_t
             "have been made with this tokenizer. Tokenize again with it, or train with the one "
             "the data was made with."
         )
-    smallest, largest = _token_range(data, scan_tokens)
+    smallest, largest = _token_range(option, data, scan_tokens)
     if smallest < 0 or largest >= vocab_size:
         bad = smallest if smallest < 0 else largest
         raise ValueError(
@@ -321,12 +323,22 @@ def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_t
     return largest
 
 
-def _token_range(data: IndexedFile, scan_tokens: int) -> tuple[int, int]:
+def _token_range(option: str, data: IndexedFile, scan_tokens: int) -> tuple[int, int]:
     size = data.tokens.size
     blocks = range(0, size, SCAN_BLOCK)
     allowed = max(1, scan_tokens // SCAN_BLOCK)
     if len(blocks) > allowed:
         blocks = blocks[:: math.ceil(len(blocks) / allowed)]
+    elif find_manifest(data.prefix) is not None:
+        # Every token is looked at anyway: a byte that changed since it was written shows too.
+        try:
+            found = verify_dataset(data)
+        except ValueError as error:
+            raise ValueError(
+                f"{option} must be what its manifest describes: {error} If it was replaced on "
+                "purpose, remove the manifest."
+            ) from None
+        return found.smallest_token or 0, found.largest_token or 0
     smallest, largest = 0, 0
     for begin in blocks:
         block = data.tokens[begin : begin + SCAN_BLOCK]

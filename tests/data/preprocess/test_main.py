@@ -207,6 +207,7 @@ def test_bad_options(corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails:
         ({}, ["--log-interval", 0], "log_interval (0) must be at least 1"),
         ({}, ["--verify-fraction", 2], "verify_fraction (2.0) must be from 0 to 1"),
         ({}, ["--json-keys", "text", "text"], "json_keys (text text) must name each key once"),
+        ({"--output-prefix": f"{tmp_path}/"}, [], "must end in a name"),
         ({}, ["--split-sentences"], "--split-sentences is refused: data sets of sentences are"),
         ({}, ["--dataset-impl", "lazy"], "invalid choice: 'lazy'"),
         ({}, ["--append"], "unrecognized arguments: --append"),

@@ -10,6 +10,10 @@ from megatron_satformer.data.reading.inputs import find_inputs
 def folder(tmp_path: Path) -> Path:
     inner = tmp_path / "corpus" / "inner"
     inner.mkdir(parents=True)
+    (inner / ".cache").mkdir()
+    (tmp_path / "corpus" / "x.partial").mkdir()
+    for name in (".cache/f.jsonl", "x.manifest.json", "x.rejects.jsonl", "x.partial/run.json"):
+        (inner.parent / name if name[0] == "x" else inner / name).write_text("not data")
     for name in ("b.jsonl", "a.json", "inner/c.jsonl.gz", "inner/d.jsonl.zst", "e.parquet"):
         (tmp_path / "corpus" / name).write_bytes(b"x")
     (tmp_path / "corpus" / "README.md").write_text("not data")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_satformer.data.datasets.checksum import file_sha256
 from megatron_satformer.data.datasets.indexed import (
     HEADER,
     MAGIC,
@@ -13,6 +14,11 @@ from megatron_satformer.data.datasets.indexed import (
     bin_path,
     idx_path,
     publish,
+)
+from megatron_satformer.data.datasets.manifest import (
+    describe_dataset,
+    manifest_path,
+    record_dataset,
 )
 from megatron_satformer.data.training.data_paths import read_data_paths
 from megatron_satformer.data.training.preflight import (
@@ -348,3 +354,18 @@ def test_counts_that_megatron_takes_for_the_headers(tmp_path: Path) -> None:
     check_training_data([wide], "1", 70_000, per_dataset_sequences_path=str(file))
     with pytest.raises(ValueError, match=r"read the int32 tokens as uint16, by the vocab.* \(10\)"):
         check_training_data([wide], "1", 10, per_dataset_sequences_path=str(file))
+
+
+def test_a_byte_that_differs_from_the_manifest_is_found(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    files = [(p.stat().st_size, file_sha256(p)) for p in (bin_path(path), idx_path(path))]
+    record_dataset(manifest_path(path), "a", describe_dataset(100, 1000, "uint16", *files))
+    assert check_training_data([path], "98,1,1", vocab_size=10).tokens == 1000
+    content = bytearray(bin_path(path).read_bytes())
+    content[400] ^= 1  # 0 becomes 1: both are in the vocabulary
+    bin_path(path).write_bytes(content)
+    message = r"data_path .* must be what its manifest describes: .*a\.bin"
+    with pytest.raises(ValueError, match=message):
+        check_training_data([path], "98,1,1", vocab_size=10)
+    manifest_path(path).unlink()
+    assert check_training_data([path], "98,1,1", vocab_size=10).tokens == 1000
