@@ -4,7 +4,6 @@ With a fast tokenizer, documents of a kind it is known to get wrong go to the re
 and a random sample of the others is encoded by both. The ids must be equal.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -77,14 +76,12 @@ class KeyTokens:
         lengths: Number of ids of each document, int32. [documents]
         empty: Documents without a token; they are in `lengths` only if empty ones are kept.
         largest: The largest id, -1 if there is none.
-        sha256: Of ids and lengths.
     """
 
     ids: npt.NDArray
     lengths: npt.NDArray[np.int32]
     empty: int
     largest: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -294,10 +291,7 @@ class ChunkEncoder:
             ids = np.insert(ids, np.cumsum(lengths)[present], self.options.end)
             lengths = lengths + present
             largest = max(largest, self.options.end)
-        short = lengths.astype(np.int32)
-        digest = hashlib.sha256(ids)
-        digest.update(short)
-        return KeyTokens(ids, short, empty, largest, digest.hexdigest())
+        return KeyTokens(ids, lengths.astype(np.int32), empty, largest)
 
 
 def _text_bytes(chunk: Chunk) -> int:

@@ -47,28 +47,40 @@ class Spool:
         self.documents = self.tokens = self.empty = 0
         self.largest = -1
         self.sha256 = hashlib.sha256()
+        self._lengths_sha256 = hashlib.sha256()
         self._files = [_open_to_extend(path) for path in (self.bin, self.lengths)]
 
-    def append(self, part: KeyTokens) -> None:
-        """Adds the tokens of a chunk."""
+    def append(self, part: KeyTokens) -> list[Any]:
+        """Adds the tokens of a chunk; returns what `replay` needs to find it again.
+
+        Its checksums are of the two files up to and with this chunk: one hash serves the journal
+        and the manifest.
+        """
         for file, content in zip(self._files, (part.ids, part.lengths), strict=True):
             file.write(content.data)
             file.flush()
-        self._count(part.ids, len(part.lengths), part.empty, part.largest)
+        self._count(part.ids, part.lengths, part.empty, part.largest)
+        return [len(part.lengths), part.ids.size, part.empty, part.largest, *self._checksums()]
 
     def replay(self, record: Sequence[Any]) -> bool:
         """Takes up a chunk that a run before has written; False if it is not there unharmed."""
-        documents, tokens, empty, largest, digest = record
+        documents, tokens, empty, largest, *checksums = record
         ids = self._files[0].read(tokens * self.dtype.itemsize)
         lengths = self._files[1].read(documents * LENGTH.itemsize)
-        if hashlib.sha256(ids + lengths).hexdigest() != digest:
+        if len(ids) < tokens * self.dtype.itemsize or len(lengths) < documents * LENGTH.itemsize:
             return False
-        self._count(np.frombuffer(ids, self.dtype), documents, empty, largest)
-        return True
+        self._count(np.frombuffer(ids, self.dtype), np.frombuffer(lengths, LENGTH), empty, largest)
+        return self._checksums() == checksums
 
-    def _count(self, ids: npt.NDArray, documents: int, empty: int, largest: int) -> None:
+    def _checksums(self) -> list[str]:
+        return [self.sha256.copy().hexdigest(), self._lengths_sha256.copy().hexdigest()]
+
+    def _count(
+        self, ids: npt.NDArray, lengths: npt.NDArray[np.int32], empty: int, largest: int
+    ) -> None:
         self.sha256.update(ids)
-        self.documents += documents
+        self._lengths_sha256.update(lengths)
+        self.documents += len(lengths)
         self.tokens += ids.size
         self.empty += empty
         self.largest = max(self.largest, largest)
@@ -199,16 +211,11 @@ class RunFolder:
         self, record: dict[str, Any], parts: Sequence[KeyTokens], rejects: Sequence[dict[str, Any]]
     ) -> None:
         """Writes the tokens of a chunk, then the record that vouches for them."""
-        for spool, part in zip(self._spools, parts, strict=True):
-            spool.append(part)
+        keys = [spool.append(part) for spool, part in zip(self._spools, parts, strict=True)]
         journal, rejects_file = self._open
         for reject in rejects:
             rejects_file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
         rejects_file.flush()
-        keys = [
-            [len(part.lengths), part.ids.size, part.empty, part.largest, part.sha256]
-            for part in parts
-        ]
         record = {**record, "keys": keys, "rejects_end": rejects_file.tell()}
         journal.write(json.dumps(record).encode() + b"\n")
         journal.flush()
