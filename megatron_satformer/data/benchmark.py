@@ -30,7 +30,8 @@ from megatron_satformer.data.tokenizers.reference import build_tokenizer
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # Texts handed to a library in one call.
 BATCH = 64
-SAMPLE_SECONDS = 0.02
+# Reading what a process has in memory takes milliseconds of a core, and stops the process.
+SAMPLE_SECONDS = 0.25
 
 
 @dataclass
