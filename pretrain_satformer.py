@@ -54,10 +54,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import _initialize_distributed
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
-from megatron.training.utils import (
-    get_blend_and_blend_per_split,
-    is_first_or_last_pipeline_stage,
-)
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
@@ -76,10 +73,7 @@ from megatron_satformer.data.training.preflight import (
 )
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.errors import only_rank_0_speaks, usage_errors
-from megatron_satformer.model.builder import (
-    SATFormerModelConfig,
-    layer_spec_builder,
-)
+from megatron_satformer.model.builder import SATFormerModelConfig, layer_spec_builder
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import StageLayer, finish_chunks
