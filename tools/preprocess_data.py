@@ -83,6 +83,12 @@ def _parser() -> ToolParser:
         default=0.01,
         help="Share of the documents whose fast ids are compared with the reference's; 1 for all.",
     )
+    _add_output_arguments(parser)
+    _add_other_arguments(parser)
+    return parser
+
+
+def _add_output_arguments(parser: ToolParser) -> None:
     group = parser.add_argument_group("output data")
     group.add_argument(
         "--output-prefix",
@@ -100,8 +106,6 @@ def _parser() -> ToolParser:
         "--log-interval", type=int, default=1000, help="Documents between progress updates."
     )
     group.add_argument("--json-log", help="File that gets the progress as JSON lines, appended.")
-    _add_other_arguments(parser)
-    return parser
 
 
 def _add_other_arguments(parser: ToolParser) -> None:
