@@ -1,48 +1,139 @@
-"""Converts checkpoints of this project to other formats, on the CPU."""
+"""Converts checkpoints between Megatron, Hugging Face and the paper's own layout, on the CPU."""
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from megatron_satformer.checkpoint.to_hf import DTYPES, export_to_hf
 from megatron_satformer.data.cli import ToolParser, run_tool
+
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_hf = commands.add_parser(
-        "to-hf",
-        help="A Megatron checkpoint to a Hugging Face folder.",
-        description="Turns a Megatron checkpoint (torch_dist, any layout) into a folder that "
-        "transformers loads with trust_remote_code=True.",
-    )
-    to_hf.add_argument(
-        "--load", type=Path, required=True, help="Folder given as --save in training."
-    )
-    to_hf.add_argument("--step", type=int, help="Iteration; default: the last one saved.")
-    to_hf.add_argument("--save", type=Path, required=True, help="Folder to make.")
-    to_hf.add_argument("--dtype", choices=DTYPES, help="Default: the one trained in.")
-    to_hf.add_argument(
-        "--tokenizer",
-        help="SentencePiece .model file, Hugging Face folder, or none. Default: the checkpoint's.",
-    )
-    to_hf.add_argument("--max-shard-size", default="5GB", help="Of one safetensors file.")
-    to_hf.add_argument(
-        "--overwrite", action="store_true", help="Replace an earlier export at --save."
-    )
+    _add_to_hf(commands)
+    _add_from_hf(commands)
+    for name, source, made in (
+        ("from-reference", "folder in the layout of the paper's own repository", "hf"),
+        ("to-reference", "Hugging Face folder", "reference"),
+    ):
+        command = commands.add_parser(name, help=f"A {source} to {made}, exactly.")
+        _add_load_and_save(command, f"A {source}.")
+    _add_inspect(commands)
+    _add_compare(commands)
     return parser
 
 
-def main() -> None:
-    """Parses the flags and converts."""
-    args = vars(_parser().parse_args())
-    args.pop("command")
-    made = export_to_hf(**args)
-    print(
-        f"{made.folder}: step {made.step}, {made.parameters:,} parameters in {made.dtype}, "
-        f"{made.bytes / 1e6:.1f} MB, {made.seconds:.1f} s"
+def _add_load_and_save(command: argparse.ArgumentParser, source: str) -> None:
+    command.add_argument("--load", type=Path, required=True, help=source)
+    command.add_argument("--save", type=Path, required=True, help="Folder to make.")
+    command.add_argument(
+        "--overwrite", action="store_true", help="Replace an earlier output at --save."
     )
+
+
+def _add_to_hf(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "to-hf",
+        help="A Megatron checkpoint to a Hugging Face folder.",
+        description="Turns a Megatron checkpoint (torch_dist, any layout) into a folder that "
+        "transformers loads: stock Llama or Qwen3 where that is exact, else with "
+        "trust_remote_code=True.",
+    )
+    _add_load_and_save(command, "Folder given as --save in training, or one step's.")
+    command.add_argument("--step", type=int, help="Iteration; default: the last one saved.")
+    command.add_argument("--dtype", choices=DTYPES, help="Default: the one trained in.")
+    command.add_argument(
+        "--tokenizer",
+        help="SentencePiece .model file, Hugging Face folder, or none. Default: the checkpoint's.",
+    )
+    command.add_argument("--max-shard-size", default="5GB", help="Of one safetensors file.")
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="Run both models on 4 x 256 tokens and write the difference into the model card.",
+    )
+
+
+def _add_from_hf(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "from-hf",
+        help="A Hugging Face folder to a Megatron checkpoint.",
+        description="Turns an exported folder, or a Llama or Qwen3 model, into a checkpoint that "
+        "pretrain_satformer.py --load --finetune continues at any layout.",
+    )
+    _add_load_and_save(command, "Folder with config.json and safetensors.")
+    command.add_argument(
+        "--architecture",
+        choices=("transformer", "satformer"),
+        help="Of a Llama or Qwen3 model's checkpoint: satformer adds gates of zero.",
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="Default: the folder's.")
+    command.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    command.add_argument("--tensor-model-parallel-size", type=int, default=1)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("inspect", help="What a checkpoint or folder holds.")
+    command.add_argument("checkpoint", type=Path, metavar="CKPT")
+    command.add_argument("--step", type=int, help="Iteration; default: the last one saved.")
+    command.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="Logits of two models, Megatron or Hugging Face.",
+        description="Exits with 1 if the largest difference is over --tolerance.",
+    )
+    command.add_argument("a", type=Path, metavar="A")
+    command.add_argument("b", type=Path, metavar="B")
+    command.add_argument("--text", type=Path, help="Text file to read. Default: random tokens.")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="Of one logit, absolute.")
+    command.add_argument("--sequences", type=int, default=4)
+    command.add_argument("--seq-length", type=int, default=256)
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="Both are run in.")
+    command.add_argument("--seed", type=int, default=1234, help="Of the random tokens.")
+    command.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def main() -> int:
+    """Parses the flags and calls the one function of the command."""
+    args = vars(_parser().parse_args())
+    command = args.pop("command")
+    as_json = args.pop("json", False)
+    # each command imports what it needs: --help without torch
+    if command == "to-hf":
+        from megatron_satformer.checkpoint.to_hf import export_to_hf
+
+        print(export_to_hf(**args))
+    elif command == "from-hf":
+        from megatron_satformer.checkpoint.from_hf import import_from_hf
+
+        print(import_from_hf(**args))
+    elif command == "from-reference":
+        from megatron_satformer.checkpoint.reference_layout import convert_from_reference
+
+        print(convert_from_reference(**args))
+    elif command == "to-reference":
+        from megatron_satformer.checkpoint.reference_layout import convert_to_reference
+
+        print(convert_to_reference(**args))
+    elif command == "inspect":
+        from megatron_satformer.checkpoint.inspection import inspect_checkpoint
+
+        report = inspect_checkpoint(**args)
+        print(report.to_json() if as_json else report)
+    else:
+        from megatron_satformer.checkpoint.compare import compare_models
+
+        tolerance = args.pop("tolerance")
+        comparison = compare_models(**args)
+        print(comparison.to_json() if as_json else comparison)
+        return 0 if comparison.within(tolerance) else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 One CPU process, no process group; memory for the model in the target dtype and one layer more.
 """
 
-import contextlib
-import os
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from megatron_satformer.checkpoint import hf
 from megatron_satformer.checkpoint.card import build_card
+from megatron_satformer.checkpoint.folder import check_space, check_target, written_atomically
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.names import convert_to_hf, iterate_names
 from megatron_satformer.checkpoint.options import build_hf_config
@@ -60,6 +58,12 @@ class Export:
     bytes: int
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: step {self.step}, {self.parameters:,} parameters in {self.dtype}, "
+            f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+
 
 def export_to_hf(
     load: Path,
@@ -68,6 +72,7 @@ def export_to_hf(
     dtype: str | None = None,
     tokenizer: str | None = None,
     max_shard_size: str = "5GB",
+    verify: bool = False,
     overwrite: bool = False,
 ) -> Export:
     """Writes the folder, whole or not at all.
@@ -80,23 +85,25 @@ def export_to_hf(
         tokenizer: SentencePiece .model file or Hugging Face folder; None for the checkpoint's own,
             "none" to export without.
         max_shard_size: Of one safetensors file, such as "5GB".
+        verify: Whether to run both models and write the difference into the card.
         overwrite: Whether an earlier export at `save` may be replaced.
 
     Raises:
         ValueError: If anything given, or in the checkpoint, does not allow an exact export.
     """
     start = time.perf_counter()
-    _check_target(save, overwrite)
+    check_target(save, "config.json", overwrite)
     checkpoint = open_checkpoint(load, step)
     checkpoint.check_files()
     args = checkpoint.args
     dtype = dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
     source = _find_tokenizer(args, tokenizer)
-    with _written_atomically(save) as folder:
+    with written_atomically(save) as folder:
         ids = _write_tokenizer(args, source, folder)
         config = build_hf_config(args, ids.pop("vocab_size"))
         _check_names(checkpoint, config)
-        _check_space(checkpoint, folder, DTYPES[dtype])
+        numbers = sum(stored.size.numel() for stored in checkpoint.tensors.values())
+        check_space(folder, numbers * DTYPES[dtype].itemsize)
         state = read_state_dict(checkpoint, config, DTYPES[dtype])
         _write_weights(state, folder, max_shard_size)
         _write_config(config, ids, DTYPES[dtype], folder)
@@ -221,46 +228,3 @@ def _write_config(
     GenerationConfig(**ids).save_pretrained(folder)
     for name in CODE:
         shutil.copyfile(Path(hf.__file__).parent / name, folder / name)
-
-
-def _check_target(save: Path, overwrite: bool) -> None:
-    if not save.exists() or (save.is_dir() and not any(save.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"save ({save}) exists already. Pass --overwrite, or choose another.")
-    if not (save / "config.json").is_file():
-        raise ValueError(
-            f"save ({save}) is not an exported model (it has no config.json), so it is not "
-            "overwritten. Choose another."
-        )
-
-
-def _check_space(checkpoint: MegatronCheckpoint, folder: Path, dtype: torch.dtype) -> None:
-    needed = sum(stored.size.numel() for stored in checkpoint.tensors.values()) * dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, the model needs {needed / 1e9:.1f} GB."
-        )
-
-
-@contextlib.contextmanager
-def _written_atomically(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place once the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

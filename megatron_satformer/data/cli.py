@@ -29,16 +29,16 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
 
 
-def run_tool(main: Callable[[], None]) -> NoReturn:
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Runs a tool's `main` and turns what a user can put right into one line.
 
     ValueError and NotImplementedError carry a message written for the user; OSError is the
     machine's word (disk full, permission). Anything else is our bug and keeps its traceback.
-    SIGTERM unwinds like ctrl-C, so that temporary files go.
+    SIGTERM unwinds like ctrl-C, so that temporary files go. What `main` returns is the exit code.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        code = main()
         sys.stdout.flush()
     except (ValueError, NotImplementedError, OSError) as error:
         if isinstance(error, BrokenPipeError):
@@ -50,4 +50,4 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code or 0)
