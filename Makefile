@@ -2,12 +2,14 @@
 #   FRESH=1         start the quickstart over
 #   PYTHON=/path    the Python to build .venv on (default: the best 3.12 or 3.13 found)
 #   VENV=system     keep the torch that this Python already has, as in an NGC container
+#   SAMPLES=50      most questions per task of `make evaluate`
 #   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all parity lint format clean distclean
+.PHONY: help install quickstart evaluate test test-all parity lint format clean distclean
 
 BIN := .venv/bin
+SAMPLES ?= 50
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
 
 help: ## list the targets
@@ -20,6 +22,12 @@ install: ## make .venv with everything in it; does nothing when it is complete
 
 quickstart: install ## corpus to trained, converted and sampled model, in runs/quickstart
 	$(BIN)/python tools/quickstart.py $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
+
+evaluate: quickstart ## the quickstart's model on offline tasks, through lm_eval
+	$(BIN)/python tools/build_eval_tasks.py --input runs/quickstart/corpus/corpus.jsonl --split 95,5,0 \
+	    --save runs/quickstart/eval_tasks --samples $(SAMPLES) --overwrite
+	PATH="$(CURDIR)/$(BIN):$$PATH" HF_MODEL=runs/quickstart/hf TASKS=runs/quickstart/eval_tasks \
+	    RESULTS=runs/quickstart/eval_results examples/evaluate/3_offline.sh
 
 test: install ## the tests without those marked slow
 	$(BIN)/python -m pytest $(ARGS)

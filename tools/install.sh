@@ -18,7 +18,7 @@ readonly STAMP=$VENV_DIR/.satformer-stamp        # what is installed, written wh
 readonly MODE_FILE=$VENV_DIR/.satformer-mode     # own or system; its presence says that we made .venv
 readonly CREATING=$VENV_DIR/.satformer-creating  # there while the empty environment is being made
 readonly LOG=$VENV_DIR/install.log
-readonly EXTRAS=data,dev,hf,logging
+readonly EXTRAS=data,dev,eval,hf,logging
 readonly SUPPORTED="3.12 3.13" # what megatron-core 0.19.2 has wheels for, the tested one first
 readonly HOW_TO_GET="apt-get install python3.12 python3.12-venv, pyenv install 3.12 or uv python install 3.12"
 
