@@ -1,13 +1,16 @@
 """Checkpoints written by pretrain_satformer.py in every layout: Megatron logits equal HF logits."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
 from megatron_satformer.checkpoint.to_hf import export_to_hf
-from tests.checkpoint.inputs import VOCABULARY, build_ids
+from tests.checkpoint.inputs import read_ids
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
+FP32_TOLERANCE = 1e-4  # of a logit
+BF16_TOLERANCE = 2**-6  # of the largest logit: bf16 has 8 bits, and layers add up their rounding
 GQA = "--group-query-attention --num-query-groups 2"
 CASES = {
     "satformer": (1, GQA),
@@ -26,26 +29,47 @@ CASES = {
     ),
     "resformer pp2": (2, f"{GQA} --architecture resformer --pipeline-model-parallel-size 2"),
     "transformer tp2": (2, "--architecture transformer --tensor-model-parallel-size 2"),
+    "transformer": (1, f"{GQA} --architecture transformer --add-qkv-bias --no-qk-layernorm"),
+    "satformer tp2 pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
+        "--value-gate softmax_sigmoid",
+    ),
+    "satformer identity": (1, "--value-gate identity --value-gate-bias"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal(on_ranks, tmp_path, name):
+def test_logits_equal(on_ranks, data_flags, tmp_path, name):
+    """On text that was not trained on."""
     ranks, flags = CASES[name]
-    saving = ["--save", str(tmp_path / "ckpt"), *flags.split()]
-    on_ranks(ranks, "tests.checkpoint.ranks:train", saving, str(tmp_path / "logits"))
+    ids = read_ids(Path(data_flags[data_flags.index("--data-path") + 1]))
+    torch.save(ids, tmp_path / "ids")
+    saving = [*data_flags, "--save", str(tmp_path / "ckpt"), *flags.split()]
+    on_ranks(
+        ranks,
+        "tests.checkpoint.ranks:train",
+        saving,
+        str(tmp_path / "ids"),
+        str(tmp_path / "logits"),
+    )
     made = export_to_hf(tmp_path / "ckpt", tmp_path / "hf")
     dtype = "bf16" if "bf16" in name else "fp32"
-    assert (made.step, made.dtype) == (6, dtype)
+    assert (made.step, made.dtype) == (8, dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype="auto", trust_remote_code=True
+    ).eval()
     logits = [torch.load(file) for file in sorted(tmp_path.glob("logits.[0-9]"))]
     if "tp2" not in name:
         logits = logits[:1]  # data-parallel ranks have the same
-    expected = torch.cat(logits, dim=-1)[..., :VOCABULARY]
-    model = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    expected = torch.cat(logits, dim=-1)[..., : model.config.vocab_size]
     with torch.no_grad():
-        actual = model(build_ids()).logits.float()
+        actual = model(ids).logits.float()
     assert expected.abs().max() > 1, "untrained logits prove little"
+    assert expected.argmax(-1).unique().numel() > 3
     difference = (actual - expected).abs().max()
-    assert difference < TOLERANCE[dtype], difference
-    if dtype == "fp32":
+    if dtype == "bf16":
+        assert difference < BF16_TOLERANCE * expected.abs().max(), difference
+    else:
+        assert difference < FP32_TOLERANCE, difference
         assert torch.equal(actual.argmax(-1), expected.argmax(-1))
