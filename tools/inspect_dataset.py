@@ -67,9 +67,14 @@ def main() -> None:
         bounds = f"in [0, {vocab_size})" if vocab_size else "no --vocab-size to compare with"
         print(
             f"\nverified: every offset, length and boundary; tokens {found.smallest_token} to "
-            f"{found.largest_token} ({bounds}); sha256 ({compared}):\n{found.bin_sha256}  .bin\n"
-            f"{found.idx_sha256}  .idx"
+            f"{found.largest_token} ({bounds}); sha256 ({compared}):"
         )
+        begin = 0
+        for part in found.bin_checksums:
+            whole = len(found.bin_checksums) == 1
+            print(f"{part.sha256}  .bin{'' if whole else f', {part.bytes} bytes from {begin} on'}")
+            begin += part.bytes
+        print(f"{found.idx_sha256}  .idx")
 
 
 if __name__ == "__main__":

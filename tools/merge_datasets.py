@@ -25,7 +25,8 @@ def _parser() -> ToolParser:
     group.add_argument(
         "--no-sha256",
         action="store_true",
-        help="Write no PREFIX.manifest.json, whose checksums inspect_dataset.py --verify reads.",
+        help="Write no PREFIX.manifest.json, whose checksums inspect_dataset.py --verify reads: "
+        "those in the inputs' manifests, and fresh ones for inputs without.",
     )
     group = parser.add_argument_group("miscellaneous")
     group.add_argument("--multimodal", action="store_true", help="Refused: text only.")

@@ -20,19 +20,20 @@ def file_sha256(path: Path) -> str:
 
 
 class FileHash:
-    """sha256 of a file's beginning, which grows by `advance`.
+    """sha256 of the bytes of a file from `begin` on, which grow by `advance`.
 
     hashlib and reading release Python's lock, so that another core does the work. Use as a context
     manager: leaving it stops the thread.
 
     Args:
         descriptor: The file, open for reading; its position is neither used nor moved.
+        begin: First byte.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, begin: int = 0) -> None:
         self._descriptor = descriptor
         self._digest = hashlib.sha256()
-        self._end = 0
+        self._end = begin
         self._buffer = memoryview(bytearray(READ))
         self._pool = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
@@ -51,6 +52,12 @@ class FileHash:
         """Returns the sha256 of all the bytes so far, in hexadecimal."""
         self._wait(0)
         return self._digest.hexdigest()
+
+    def restart(self) -> str:
+        """Returns the sha256 of all the bytes so far, and begins anew with the next one."""
+        digest = self.hexdigest()
+        self._digest = hashlib.sha256()
+        return digest
 
     def _wait(self, most: int) -> None:
         while len(self._pending) > most:

@@ -4,14 +4,19 @@
      "datasets": {"corpus_text_document": {"documents": 3, "tokens": 10, "dtype": "uint16",
         "bin": {"bytes": 20, "sha256": "..."}, "idx": {"bytes": 99, "sha256": "..."}}}}
 
+A merged `.bin` has, in place of one sha256, the bytes and sha256 of what it was made of, in order:
+
+    "bin": {"bytes": 30, "parts": [{"bytes": 20, "sha256": "..."}, {"bytes": 10, "sha256": "..."}]}
+
 One manifest may describe several data sets of its folder; whoever wrote it may add more keys.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_satformer.data.atomic import write_atomically
 
@@ -19,6 +24,13 @@ FORMAT = "megatron-satformer dataset manifest"
 VERSION = 1
 SUFFIX = ".manifest.json"
 SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class Checksum(NamedTuple):
+    """A file, or a part of one: its bytes, and their sha256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
 
 
 def manifest_path(output_prefix: str | os.PathLike[str]) -> Path:
@@ -72,7 +84,7 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
 
 
 def describe_dataset(
-    documents: int, tokens: int, dtype: str, bin_file: tuple[int, str], idx_file: tuple[int, str]
+    documents: int, tokens: int, dtype: str, bin_parts: Sequence[Checksum], idx_file: Checksum
 ) -> dict[str, Any]:
     """Returns a data set's entry in "datasets".
 
@@ -80,16 +92,24 @@ def describe_dataset(
         documents: Documents, empty ones included.
         tokens: Tokens.
         dtype: Name of the dtype of the tokens, such as "uint16".
-        bin_file: Bytes and sha256 of `.bin`.
-        idx_file: Likewise of `.idx`.
+        bin_parts: Of `.bin`, in order; at least one.
+        idx_file: Of `.idx`.
     """
-    files = {"bin": bin_file, "idx": idx_file}
+    parts = [part._asdict() for part in bin_parts]
+    whole = {"bytes": sum(part.bytes for part in bin_parts), "parts": parts}
     return {
         "documents": documents,
         "tokens": tokens,
         "dtype": dtype,
-        **{kind: {"bytes": size, "sha256": digest} for kind, (size, digest) in files.items()},
+        "bin": parts[0] if len(parts) == 1 else whole,
+        "idx": idx_file._asdict(),
     }
+
+
+def bin_parts(entry: dict[str, Any]) -> list[Checksum]:
+    """Returns the parts of `.bin` that an entry of "datasets" has checksums of, in order."""
+    file = entry["bin"]
+    return [Checksum(part["bytes"], part["sha256"]) for part in file.get("parts", [file])]
 
 
 def record_dataset(path: Path, name: str, entry: dict[str, Any]) -> None:
@@ -138,10 +158,19 @@ def _fault(content: Any) -> str | None:
             file = entry.get(kind)
             if not isinstance(file, dict) or not _is_count(file.get("bytes")):
                 return f"{name}: {kind} has no size"
-            digest = file.get("sha256")
-            if not isinstance(digest, str) or not SHA256.fullmatch(digest):
+            parts = file.get("parts", [file]) if kind == "bin" else [file]
+            if not isinstance(parts, list) or not all(map(_is_checksum, parts)):
                 return f"{name}: {kind} has no sha256"
+            if sum(part["bytes"] for part in parts) != file["bytes"]:
+                return f"{name}: the parts of {kind} are not its {file['bytes']} bytes"
     return None
+
+
+def _is_checksum(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_count(value.get("bytes")):
+        return False
+    digest = value.get("sha256")
+    return isinstance(digest, str) and SHA256.fullmatch(digest) is not None
 
 
 def _is_count(value: Any) -> bool:

@@ -30,12 +30,14 @@ from megatron_satformer.data.datasets.indexed import (
     idx_path,
 )
 from megatron_satformer.data.datasets.manifest import (
+    Checksum,
     describe_dataset,
     forget_dataset,
     manifest_path,
     read_manifest,
     record_dataset,
 )
+from megatron_satformer.data.datasets.verify import known_checksums
 
 # Bytes copied in one go, between two updates of the progress and the hash.
 STEP = 1 << 24
@@ -47,13 +49,14 @@ CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM
 
 @dataclass(frozen=True)
 class Part:
-    """One checked data set: its prefix, and what it holds."""
+    """One checked data set: its prefix, what it holds, and the checksums in its manifest."""
 
     prefix: str
     dtype: np.dtype
     sequences: int
     documents: int
     tokens: int
+    checksums: list[Checksum] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def merge_datasets(
             holds, sorted by name.
         output_prefix: Path of the result, without `.bin`.
         overwrite: Whether an existing data set may be replaced.
-        sha256: Whether to write a manifest with the sha256 of both files; it takes a second core.
+        sha256: Whether to write a manifest with checksums: those that the inputs' manifests have,
+            so that what has changed since they were made is found, and fresh ones, which take a
+            second core, for inputs without.
 
     Raises:
         ValueError: If an input is missing or damaged, the data sets do not fit together, the
@@ -105,8 +110,7 @@ def merge_datasets(
         index = AtomicFile(idx_path(output_prefix))
         stack.callback(index.discard)
         progress = stack.enter_context(ByteProgress("merging", size))
-        digest = stack.enter_context(FileHash(tokens.file.fileno())) if sha256 else None
-        _write_tokens(parts, tokens, digest, progress)
+        checksums = _write_tokens(parts, tokens, sha256, progress)
         _write_index(parts, index, progress)
         tokens.seal()
         index.seal()
@@ -114,10 +118,9 @@ def merge_datasets(
         count = sum(part.tokens for part in parts)
         dtype = parts[0].dtype.name
         entry = None
-        if digest is not None:
-            bin_file = (tokens.partial.stat().st_size, digest.hexdigest())
-            idx_file = (index.partial.stat().st_size, file_sha256(index.partial))
-            entry = describe_dataset(documents, count, dtype, bin_file, idx_file)
+        if sha256:
+            idx_file = Checksum(index.partial.stat().st_size, file_sha256(index.partial))
+            entry = describe_dataset(documents, count, dtype, checksums, idx_file)
         # Neither an old index nor an old checksum may ever stand beside new tokens.
         forget_dataset(output_prefix)
         index.path.unlink(missing_ok=True)
@@ -202,9 +205,10 @@ def _describe(prefix: str) -> Part:
     """Checks a data set. Keeps none of its files open: there may be thousands."""
     try:
         data = IndexedFile(prefix)
+        checksums = known_checksums(data)
     except ValueError as error:
         raise ValueError(f"input ({prefix}) must be a complete data set: {error}") from None
-    return Part(prefix, data.dtype, len(data), data.documents, int(data.tokens.size))
+    return Part(prefix, data.dtype, len(data), data.documents, int(data.tokens.size), checksums)
 
 
 def _index_size(parts: Sequence[Part]) -> int:
@@ -227,16 +231,22 @@ def _check_space(output_prefix: str, size: int) -> None:
 
 
 def _write_tokens(
-    parts: Sequence[Part], output: AtomicFile, digest: FileHash | None, progress: ByteProgress
-) -> None:
-    """Writes `.bin`; `digest` follows, reading what was written."""
+    parts: Sequence[Part], output: AtomicFile, sha256: bool, progress: ByteProgress
+) -> list[Checksum]:
+    """Writes `.bin`; returns the checksums known and, with `sha256`, those of the other parts."""
     target, begin, flushed = output.file.fileno(), 0, 0
     flush: Future[None] | None = None
+    checksums: list[Checksum] = []
     with ThreadPoolExecutor(1) as pool:
         for part in parts:
             source = bin_path(part.prefix)
             offset, end = 0, part.tokens * part.dtype.itemsize
-            with source.open("rb") as file:
+            with ExitStack() as stack:
+                file = stack.enter_context(source.open("rb"))
+                digest = None
+                if sha256 and part.checksums is None:
+                    # It follows the copy, reading what was written.
+                    digest = stack.enter_context(FileHash(target, begin))
                 while offset < end:
                     count = _copy(source, file.fileno(), offset, output, begin, end - offset)
                     if digest is not None:
@@ -248,9 +258,12 @@ def _write_tokens(
                         if flush is not None:
                             flush.result()
                         flush, flushed = pool.submit(os.fdatasync, target), begin
+                fresh = [] if digest is None else [Checksum(end, digest.hexdigest())]
+                checksums += fresh if part.checksums is None else part.checksums
         # The kernel reports a failed write once: here, or never.
         if flush is not None:
             flush.result()
+    return checksums
 
 
 def _copy(path: Path, source: int, offset: int, output: AtomicFile, begin: int, wanted: int) -> int:
@@ -291,8 +304,8 @@ def _write_index(parts: Sequence[Part], output: AtomicFile, progress: ByteProgre
     before_bytes, before_sequences = 0, 0
     for part in parts:
         data = IndexedFile(part.prefix)
-        now = Part(part.prefix, data.dtype, len(data), data.documents, int(data.tokens.size))
-        if now != part:
+        now = (data.dtype, len(data), data.documents, int(data.tokens.size))
+        if now != (part.dtype, part.sequences, part.documents, part.tokens):
             raise ValueError(f"{idx_path(part.prefix)} changed while it was read. Merge again.")
         file.seek(at_lengths)
         for rows in data.length_blocks():

@@ -11,6 +11,7 @@ from megatron_satformer.data.datasets.manifest import (
     FORMAT,
     SUFFIX,
     VERSION,
+    Checksum,
     describe_dataset,
     forget_dataset,
     manifest_path,
@@ -48,7 +49,7 @@ def publish_run(
                 spool.documents,
                 spool.tokens,
                 spool.dtype.name,
-                (spool.tokens * spool.dtype.itemsize, spool.sha256.hexdigest()),
+                [Checksum(spool.tokens * spool.dtype.itemsize, spool.sha256.hexdigest())],
                 _write_index(index, spool),
             ),
             "empty_documents": spool.empty,
@@ -78,12 +79,12 @@ def publish_run(
         rejects.unlink(missing_ok=True)
 
 
-def _write_index(path: Path, spool: Spool) -> tuple[int, str]:
-    """Writes the index of a data set; returns its bytes and sha256."""
+def _write_index(path: Path, spool: Spool) -> Checksum:
+    """Writes the index of a data set."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for block in index_blocks(spool.dtype, spool.open_lengths()):
             file.write(block)
             digest.update(block)
             size += len(block)
-    return size, digest.hexdigest()
+    return Checksum(size, digest.hexdigest())

@@ -55,7 +55,7 @@ class TikTokenizer:
             )
         self.vocab_size = size
         self.eod: int | None = names.index("</s>")
-        self._encoding = Encoding(
+        self.encoding = Encoding(
             name=Path(model).stem,
             pat_str=PATTERNS[options.tiktoken_pattern or "v2"],
             mergeable_ranks={token: count + n for n, token in enumerate(ranks[: size - count])},
@@ -64,7 +64,7 @@ class TikTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`."""
-        return self._encoding.encode(text, allowed_special="all")
+        return self.encoding.encode(text, allowed_special="all")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""
@@ -72,7 +72,7 @@ class TikTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
-        return self._encoding.decode(list(ids))
+        return self.encoding.decode(list(ids))
 
 
 def _special_tokens(given: Sequence[str] | None, count: int, size: int) -> list[str]:

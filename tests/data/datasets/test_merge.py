@@ -17,7 +17,13 @@ from megatron_satformer.data.datasets.indexed import (
     idx_path,
     publish,
 )
-from megatron_satformer.data.datasets.manifest import manifest_path, read_manifest
+from megatron_satformer.data.datasets.manifest import (
+    Checksum,
+    describe_dataset,
+    manifest_path,
+    read_manifest,
+    record_dataset,
+)
 from megatron_satformer.data.datasets.merge import merge_datasets
 from megatron_satformer.data.datasets.verify import verify_dataset
 
@@ -57,6 +63,10 @@ def content(prefix: Path) -> tuple[bytes, bytes]:
     return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
 
 
+def checksum(data: bytes) -> dict[str, int | str]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def cannot(*args: int) -> int:
     raise OSError(errno.EXDEV, "two file systems")
 
@@ -82,14 +92,40 @@ def test_bytes_equal_megatrons_in_small_blocks(
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
     assert (summary.datasets, summary.documents) == (4, 45)
     entry = read_manifest(manifest_path(tmp_path / "ours"))["datasets"]["ours"]
-    for kind, data in zip(("bin", "idx"), content(tmp_path / "ours"), strict=True):
-        assert entry[kind] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    tokens, index = content(tmp_path / "ours")
+    assert entry["idx"] == checksum(index)
+    parts = [content(prefix)[0] for prefix in (*sorted(set(made) - {made[-1]}), made[-1])]
+    assert entry["bin"] == {"bytes": len(tokens), "parts": [checksum(part) for part in parts]}
 
     # Prefixes keep their order.
     merge_with_megatron(made[:3], tmp_path / "theirs")
     merge_datasets(made[:3], str(tmp_path / "ours"), overwrite=True, sha256=False)
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
     assert not manifest_path(tmp_path / "ours").exists()
+
+
+def test_checksums_travel_with_the_data(tmp_path: Path) -> None:
+    """What changed in an input since it was made is found in what it was merged into."""
+    inputs = [make(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    merge_datasets(inputs[:2], str(tmp_path / "ab"))
+    merged = content(tmp_path / "ab")[0]
+    changed = bytearray(merged)
+    changed[len(content(inputs[0])[0])] ^= 1
+    bin_path(tmp_path / "ab").write_bytes(changed)
+    merge_datasets([str(tmp_path / "ab"), inputs[2]], str(tmp_path / "abc"))
+    entry = read_manifest(manifest_path(tmp_path / "abc"))["datasets"]["abc"]
+    parts = [content(prefix)[0] for prefix in inputs]
+    assert entry["bin"]["parts"] == [checksum(part) for part in parts]
+    message = rf"abc\.bin is not .* bytes from {len(parts[0])} on one changed"
+    with pytest.raises(ValueError, match=message):
+        verify_dataset(IndexedFile(tmp_path / "abc"))
+    assert verify_dataset(IndexedFile(inputs[0])).manifest is None
+    # an input that is not what its manifest says is not merged
+    entry = describe_dataset(1, 2, "uint16", [Checksum(4, "0" * 64)], Checksum(9, "0" * 64))
+    record_dataset(manifest_path(inputs[2]), "c", entry)
+    with pytest.raises(ValueError, match=r"input .*c\) must be a complete data set: .*describes"):
+        merge_datasets(inputs, str(tmp_path / "all"))
+    assert not bin_path(tmp_path / "all").exists()
 
 
 def test_a_manifest_keeps_what_else_it_describes(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import json
 from collections.abc import Callable
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megatron_satformer.data.datasets.indexed import (
     publish,
 )
 from megatron_satformer.data.datasets.manifest import (
+    Checksum,
     describe_dataset,
     find_manifest,
     forget_dataset,
@@ -38,10 +41,15 @@ def make(prefix: Path, documents: list[list[int]] = DOCUMENTS) -> Path:
     return prefix
 
 
-def record(prefix: Path, path: Path | None = None) -> Path:
+def record(prefix: Path, path: Path | None = None, cut: int = 0) -> Path:
     data = IndexedFile(prefix)
-    files = [(p.stat().st_size, file_sha256(p)) for p in (bin_path(prefix), idx_path(prefix))]
-    entry = describe_dataset(data.documents, data.tokens.size, data.dtype.name, *files)
+    size = bin_path(prefix).stat().st_size
+    cuts = sorted({0, min(cut, size), size})
+    content = bin_path(prefix).read_bytes()
+    pieces = [content[begin:end] for begin, end in pairwise(cuts)]
+    parts = [Checksum(len(piece), sha256(piece).hexdigest()) for piece in pieces]
+    index = Checksum(idx_path(prefix).stat().st_size, file_sha256(idx_path(prefix)))
+    entry = describe_dataset(data.documents, data.tokens.size, data.dtype.name, parts, index)
     path = path or manifest_path(prefix)
     record_dataset(path, prefix.name, entry)
     return path
@@ -78,6 +86,9 @@ def test_the_manifest_of_a_data_set_is_found(tmp_path: Path) -> None:
         (lambda c: c["datasets"]["my"].update(dtype=None), "my: dtype is None"),
         (lambda c: c["datasets"]["my"].update(bin=[]), "my: bin has no size"),
         (lambda c: c["datasets"]["my"]["idx"].update(sha256="ab"), "my: idx has no sha256"),
+        (lambda c: c["datasets"]["my"]["bin"].update(parts=[{"bytes": 9}]), "bin has no sha256"),
+        (lambda c: c["datasets"]["my"]["bin"].update(parts=3), "my: bin has no sha256"),
+        (lambda c: c["datasets"]["my"]["bin"].update(parts=[]), "parts of bin are not its 92 byt"),
     ],
 )
 def test_a_damaged_manifest(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
@@ -94,13 +105,18 @@ def test_a_damaged_manifest(tmp_path: Path, change: Callable[[Any], Any], messag
     assert "remove it" in str(error.value)
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [0, 46])
+def test_every_flipped_bit_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
     monkeypatch.setattr(verify, "STEP", 22)
     prefix = make(tmp_path / "my")
-    record(prefix)
+    record(prefix, cut=cut)
     found = verify_dataset(IndexedFile(prefix), 100)
     assert (found.smallest_token, found.largest_token) == (0, 99)
-    assert found.bin_sha256 == file_sha256(bin_path(prefix))
+    assert [part.bytes for part in found.bin_checksums] == ([46, 46] if cut else [92])
+    if not cut:
+        assert found.bin_checksums[0].sha256 == file_sha256(bin_path(prefix))
     for path in (bin_path(prefix), idx_path(prefix)):
         good = path.read_bytes()
         for bit in range(8 * len(good)):

@@ -16,6 +16,7 @@ from megatron_satformer.data.datasets.indexed import (
     publish,
 )
 from megatron_satformer.data.datasets.manifest import (
+    Checksum,
     describe_dataset,
     manifest_path,
     record_dataset,
@@ -358,8 +359,10 @@ def test_counts_that_megatron_takes_for_the_headers(tmp_path: Path) -> None:
 
 def test_a_byte_that_differs_from_the_manifest_is_found(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
-    files = [(p.stat().st_size, file_sha256(p)) for p in (bin_path(path), idx_path(path))]
-    record_dataset(manifest_path(path), "a", describe_dataset(100, 1000, "uint16", *files))
+    tokens, index = (
+        Checksum(p.stat().st_size, file_sha256(p)) for p in (bin_path(path), idx_path(path))
+    )
+    record_dataset(manifest_path(path), "a", describe_dataset(100, 1000, "uint16", [tokens], index))
     assert check_training_data([path], "98,1,1", vocab_size=10).tokens == 1000
     content = bytearray(bin_path(path).read_bytes())
     content[400] ^= 1  # 0 becomes 1: both are in the vocabulary
