@@ -21,6 +21,8 @@ def _parser() -> ToolParser:
     ):
         command = commands.add_parser(name, help=f"A {source} to {made}, exactly.")
         _add_load_and_save(command, f"A {source}.")
+        if name == "to-reference":
+            _add_accept_qk_norm_eps(command)
     _add_inspect(commands)
     _add_compare(commands)
     return parser
@@ -31,6 +33,15 @@ def _add_load_and_save(command: argparse.ArgumentParser, source: str) -> None:
     command.add_argument("--save", type=Path, required=True, help="Folder to make.")
     command.add_argument(
         "--overwrite", action="store_true", help="Replace an earlier output at --save."
+    )
+
+
+def _add_accept_qk_norm_eps(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--accept-qk-norm-eps",
+        action="store_true",
+        help="Convert a model whose QK-norm gets another epsilon: Megatron has one for all norms, "
+        "the paper's repository 1e-5 for this one. The logits move.",
     )
 
 
@@ -47,7 +58,8 @@ def _add_to_hf(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--dtype", choices=DTYPES, help="Default: the one trained in.")
     command.add_argument(
         "--tokenizer",
-        help="SentencePiece .model file, Hugging Face folder, or none. Default: the checkpoint's.",
+        help="SentencePiece .model file, Hugging Face folder or tokenizer.json, folder of GPT-2's "
+        "two files, TikToken vocabulary, or none. Default: the checkpoint's.",
     )
     command.add_argument("--max-shard-size", default="5GB", help="Of one safetensors file.")
     command.add_argument(
@@ -68,8 +80,14 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--architecture",
         choices=("transformer", "satformer"),
-        help="Of a Llama or Qwen3 model's checkpoint: satformer adds gates of zero.",
+        help="Of a plain model's checkpoint: satformer adds gates of zero.",
     )
+    command.add_argument(
+        "--value-gate",
+        choices=("tanh", "identity"),
+        help="Of those gates; relu could not leave zero. Default: tanh.",
+    )
+    _add_accept_qk_norm_eps(command)
     command.add_argument("--dtype", choices=DTYPES, help="Default: the folder's.")
     command.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     command.add_argument("--tensor-model-parallel-size", type=int, default=1)
@@ -126,13 +144,16 @@ def main() -> int:
 
         report = inspect_checkpoint(**args)
         print(report.to_json() if as_json else report)
+        return 1 if report.problems else 0
     else:
         from megatron_satformer.checkpoint.compare import compare_models
 
         tolerance = args.pop("tolerance")
         comparison = compare_models(**args)
         print(comparison.to_json() if as_json else comparison)
-        return 0 if comparison.within(tolerance) else 1
+        if not comparison.within(tolerance):
+            print(f"error: not within --tolerance ({tolerance}).", file=sys.stderr)
+            return 1
     return 0
 
 

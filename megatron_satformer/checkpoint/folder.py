@@ -4,6 +4,7 @@ Must not know: what is written into them.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,21 +48,89 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def written_atomically(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place once the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A folder beside `target` that takes its place once the block ends without an error.
+
+    It is locked while its writer lives; what a kill has left of an earlier one is removed. Until
+    the end, `target` is as it was.
+
+    Args:
+        target: Folder to make. What stands there when the block begins is replaced; call
+            `check_target` in the block, under the lock, to be sure of it.
+
+    Raises:
+        ValueError: If the folder cannot be made, another process is writing it, or one has made it
+            in the meantime.
+    """
+    # as one name, so that "." and a link work: the partial folder must lie on the same disk
+    target = Path(os.path.realpath(target))
     partial = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    lock = _make_and_lock(partial, target)
     try:
-        yield partial
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(partial, target)
+        if old.exists() and not target.exists():
+            os.replace(old, target)  # a kill came between the two steps of `_publish`
         shutil.rmtree(old, ignore_errors=True)
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        replaces = target.exists()
+        yield partial
+        _sync(partial)
+        _publish(partial, target, old if replaces else None)
     except BaseException:
         if old.exists() and not target.exists():
             os.replace(old, target)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _make_and_lock(partial: Path, target: Path) -> int:
+    """Returns a descriptor of the folder; closing it, or the end of the process, unlocks."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ValueError(
+            f"save ({target}) cannot be made: {error.strerror}, {error.filename}. Choose a place "
+            "where folders may be made."
+        ) from None
+    busy = ValueError(f"save ({target}) is being written by another process. Wait, or end it.")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise busy from None
+    except OSError:
+        pass  # some network file systems have no locks: go on without
+    # between our open and our lock its writer may have published or removed it
+    if not (partial.is_dir() and os.path.samestat(os.fstat(lock), partial.stat())):
+        os.close(lock)
+        raise busy
+    return lock
+
+
+def _sync(folder: Path) -> None:
+    """Brings every file to disk: a rename may outlive a power cut that its content does not."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(partial: Path, target: Path, old: Path | None) -> None:
+    if old is not None:
+        os.replace(target, old)
+    try:
+        os.rename(partial, target)
+    except OSError as error:
+        if old is not None or not target.exists():
+            raise
+        raise ValueError(
+            f"save ({target}) was made by another process in the meantime ({error.strerror}). "
+            "Look at it, or choose another."
+        ) from None
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -137,12 +137,13 @@ def convert_to_megatron(
         name: Of the table.
         tensors: Hugging Face state dict.
         config: Shape of the model.
-        padded_vocab_size: Rows of Megatron's embedding; those added are zero.
+        padded_vocab_size: Rows of Megatron's embedding. Those added repeat the last one: rows of
+            zeros would have the logit 0, far above that of most tokens in a trained model, and
+            raise its loss.
     """
     pieces = [tensors[key] for key in name.hf]
     if name.packing == "vocabulary":
-        padding = pieces[0].new_zeros(padded_vocab_size - len(pieces[0]), *pieces[0].shape[1:])
-        pieces.append(padding)
+        pieces.append(pieces[0][-1:].expand(padded_vocab_size - len(pieces[0]), -1))
     elif name.packing == "qkv":
         ng = config.num_key_value_heads
         groups = [piece.view(ng, -1, config.head_dim, *piece.shape[1:]) for piece in pieces]

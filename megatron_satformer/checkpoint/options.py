@@ -35,7 +35,9 @@ REQUIRED: dict[str, Any] = {
     "use_mup": False,
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
     "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
     "is_hybrid_model": False,
 }
 

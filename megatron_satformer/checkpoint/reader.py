@@ -5,6 +5,7 @@ them together. Only what is asked for is read: the optimizer's state stays on di
 what the tensors mean.
 """
 
+import json
 import re
 import warnings
 from argparse import Namespace
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint import (
     TensorStorageMetadata,
     load,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -60,6 +62,9 @@ class MegatronCheckpoint:
 
         Returns:
             The whole tensor, or the slice, on the CPU.
+
+        Raises:
+            ValueError: If its place in the files is damaged.
         """
         stored = self.tensors[key]
         offsets, sizes = [0] * len(stored.size), list(stored.size)
@@ -70,12 +75,19 @@ class MegatronCheckpoint:
         with warnings.catch_warnings():
             # torch says that it reads on a single process, which is the intent
             warnings.simplefilter("ignore")
-            load(
-                {key: buffer},
-                storage_reader=_KnownMetadataReader(self.folder, self.metadata),
-                planner=_ChunkPlanner(chunk),
-                no_dist=True,
-            )
+            try:
+                load(
+                    {key: buffer},
+                    storage_reader=_KnownMetadataReader(self.folder, self.metadata),
+                    planner=_ChunkPlanner(chunk),
+                    no_dist=True,
+                )
+            except CheckpointException as error:
+                cause = next(iter(error.failures.values()))[0]
+                raise ValueError(
+                    f"{key} in {self.folder} cannot be read ({type(cause).__name__}: "
+                    f"{str(cause).split('. ')[0]}). Copy the checkpoint again, or use another step."
+                ) from error
         return buffer if index is None else buffer.squeeze(0)
 
     def check_files(self) -> None:
@@ -150,6 +162,12 @@ def find_step_folder(load_dir: Path, step: int | None) -> Path:
     steps = sorted(int(f.name[5:]) for f in load_dir.glob("iter_*") if f.name[5:].isdigit())
     if step is None:
         tracker = load_dir / TRACKER
+        if not tracker.is_file() and not steps:
+            kind = "a Hugging Face folder" if (load_dir / "config.json").is_file() else "none"
+            raise ValueError(
+                f"load ({load_dir}) must be a folder of checkpoints, and is {kind}: it has neither "
+                f"{TRACKER} nor iter_* in it."
+            )
         if not tracker.is_file():
             raise ValueError(
                 f"load ({load_dir}) has no {TRACKER}: no save was completed there. "
@@ -178,13 +196,16 @@ def open_checkpoint(load_dir: Path, step: int | None = None) -> MegatronCheckpoi
         ValueError: If there is none, it is not complete, or not of format torch_dist.
     """
     folder = find_step_folder(load_dir, step)
-    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+    _check_format(folder)
+    try:
+        # first: what Megatron reads needs it too, and says less where it is damaged
+        metadata = FileSystemReader(folder).read_metadata()
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
-            f"{folder} is not a complete checkpoint of format torch_dist: its .metadata or "
-            "metadata.json is missing. Save with --ckpt-format torch_dist, or use another step."
-        )
+            f"{folder / '.metadata'} cannot be read ({type(error).__name__}: {error}): it is cut "
+            "short or damaged. Copy it again, or use another step."
+        ) from error
     common = _read_common_state(folder)
-    metadata = FileSystemReader(folder).read_metadata()
     tensors = {
         key: stored
         for key, stored in metadata.state_dict_metadata.items()
@@ -195,13 +216,37 @@ def open_checkpoint(load_dir: Path, step: int | None = None) -> MegatronCheckpoi
     return MegatronCheckpoint(folder, common.get("iteration", 0), common["args"], tensors, metadata)
 
 
+def _check_format(folder: Path) -> None:
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder} is a checkpoint of format torch (mp_rank_*), which depends on its layout. "
+            "Load it in training and save with --ckpt-format torch_dist."
+        )
+    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+        raise ValueError(
+            f"{folder} is not a complete checkpoint of format torch_dist: its .metadata or "
+            "metadata.json is missing. Save with --ckpt-format torch_dist, or use another step."
+        )
+    try:
+        kind = json.loads((folder / "metadata.json").read_text("utf-8"))["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'metadata.json'} cannot be read ({type(error).__name__}: {error}): it is "
+            "cut short or damaged. Copy it again, or use another step."
+        ) from None
+    if kind != "torch_dist":
+        raise ValueError(
+            f"{folder} is a checkpoint of format {kind}. Load it in training and save with "
+            "--ckpt-format torch_dist."
+        )
+
+
 def _read_common_state(folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # Megatron's optional parts that are not installed, and torch's single process
         warnings.simplefilter("ignore")
         from megatron.core.dist_checkpointing import load_common_state_dict
         from megatron.core.dist_checkpointing.core import CheckpointingException
-        from torch.distributed.checkpoint.api import CheckpointException
 
         try:
             return load_common_state_dict(str(folder))

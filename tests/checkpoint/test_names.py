@@ -73,4 +73,6 @@ def test_padding_of_the_vocabulary():
     weight = torch.randn(50, 24)
     padded = convert_to_megatron(name, {"model.embed_tokens.weight": weight}, config, 64)
     assert padded.shape == (64, 24)
-    assert not padded[50:].any()
+    assert torch.equal(padded[:50], weight)
+    # zeros would have the logit 0, which is a likely token in a trained model
+    assert torch.equal(padded[50:], weight[-1:].expand(14, -1))

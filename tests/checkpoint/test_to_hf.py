@@ -1,7 +1,10 @@
 """to-hf on checkpoints of known weights: exact, whole or not at all, clear about what is wrong."""
 
+import ctypes
+import gc
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
 from megatron_satformer.checkpoint.reader import open_checkpoint
@@ -29,13 +33,23 @@ write_model = load_beside("test_tokenizer").write_model
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CASES = [
-    ({"architecture": "transformer"}, True),
-    ({"architecture": "transformer", "qk_norm": False, "attention_bias": True}, False),
+    # the plain Transformer that neither Llama nor Qwen3 is; test_stock.py has the others
+    ({"architecture": "transformer", "qk_norm": False, "attention_bias": True}, True),
     ({"architecture": "resformer", "value_residual_last_k": 1}, False),
     ({"architecture": "satformer"}, False),
     ({"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False}, False),
     ({"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 5e5}, False),
 ]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory) -> Path:
+    """A small SATFormer's checkpoint, for reading only."""
+    return checkpoints.write_checkpoint(
+        tmp_path_factory.mktemp("ckpt"),
+        checkpoints.build_reference(),
+        data_path=["0.3", "/data/books_text_document", "0.9", "/data/code_text_document"],
+    )
 
 
 @pytest.mark.parametrize(("options", "stacked"), CASES, ids=str)
@@ -82,29 +96,51 @@ def test_dtype_and_shards(dtype, tmp_path):
         assert torch.equal(tensor, model.state_dict()[key].to(kept)), key
         stored += tensor.nbytes * (key != "lm_head.weight")
     assert index["metadata"]["total_size"] == stored
+    for name in files:  # our writer's bytes are the library's
+        again = tmp_path / "again"
+        save_file(load_file(tmp_path / "hf" / name), again, metadata={"format": "pt"})
+        assert (tmp_path / "hf" / name).read_bytes() == again.read_bytes()
     assert made.bytes > stored
     assert {oct(f.stat().st_mode & 0o044) for f in (tmp_path / "hf").iterdir()} == {"0o44"}
 
 
-def test_steps(tmp_path):
-    first, second = (checkpoints.build_reference(value_gate=gate) for gate in ("relu", "tanh"))
-    checkpoints.write_checkpoint(tmp_path, first, step=10)
-    checkpoints.write_checkpoint(tmp_path, second, step=20)
-    assert open_checkpoint(tmp_path).args.value_gate == "tanh"
-    assert open_checkpoint(tmp_path, 10).args.value_gate == "relu"
-    assert open_checkpoint(tmp_path / "iter_0000010").step == 10
-    with pytest.raises(ValueError, match=r"step \(15\).*\[10, 20\]"):
-        open_checkpoint(tmp_path, 15)
-    with pytest.raises(ValueError, match="one step's folder"):
-        open_checkpoint(tmp_path / "iter_0000010", 20)
-    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
-    with pytest.raises(ValueError, match="no save was completed"):
-        open_checkpoint(tmp_path)
-    (tmp_path / "iter_0000020" / "metadata.json").unlink()
-    with pytest.raises(ValueError, match="torch_dist"):
-        open_checkpoint(tmp_path, 20)
-    with pytest.raises(ValueError, match="there is none"):
-        open_checkpoint(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_shard_size": "5"}, r"max_shard_size \(5\) must be a number above 0"),
+        ({"max_shard_size": "0GB"}, r"max_shard_size \(0GB\)"),
+        ({"dtype": "fp8"}, r"dtype \(fp8\) must be one of bf16, fp16, fp32"),
+        ({"tokenizer": "gone"}, r"tokenizer \(gone\) does not exist"),
+        ({"step": 3}, r"step \(3\) must be one of those"),
+    ],
+)
+def test_bad_options(given, words, load, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        export_to_hf(load, tmp_path / "hf", **given)
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_the_tokenizer_padding_is_unknown_and_kept(tmp_path):
+    flags = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
+    model = checkpoints.build_reference()
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, **flags)
+    made = export_to_hf(load, tmp_path / "hf", tokenizer="none")
+    config = json.loads((made.folder / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (checkpoints.PADDED, None)
+    flags["tokenizer_model"] = str(write_model(tmp_path / "a.model"))
+    load = checkpoints.write_checkpoint(tmp_path / "other", model, **flags)
+    with pytest.raises(ValueError, match="has 400 entries, the checkpoint's embedding only 128"):
+        export_to_hf(load, tmp_path / "none")
+
+
+def test_a_weight_too_large_for_fp16(tmp_path):
+    model = checkpoints.build_reference()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 7e4
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model)
+    with pytest.raises(ValueError, match=r"dtype \(fp16\) must hold .*model.norm.weight.*bf16"):
+        export_to_hf(load, tmp_path / "hf", dtype="fp16")
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +157,8 @@ def test_steps(tmp_path):
         ({"ffn_hidden_size": 48}, r"linear_fc1.weight is \(80, 24\), not \(96, 24\)"),
         ({"architecture": "transformer"}, "value_gate.weight is not known"),
         ({"value_gate_bias": True}, "value_gate.bias is missing"),
-        ({"tokenizer_type": "TikTokenizer"}, "tokenizer_type"),
+        ({"tokenizer_type": "SFTTokenizer"}, "tokenizer_type"),
+        ({"vocab_size": 129}, "vocab_size .* has 129 entries, the checkpoint's embedding only 128"),
         ({"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}, "gone"),
     ],
 )
@@ -143,20 +180,84 @@ def test_missing_and_unknown_keys_are_named(tmp_path):
         export_to_hf(load, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("damage", ["missing", "a weight cut", "all but a little cut"])
-def test_damaged_files_are_named(damage, tmp_path):
-    load = checkpoints.write_checkpoint(tmp_path / "ckpt", checkpoints.build_reference())
-    (file,) = (load / "iter_0000020").glob("*.distcp")
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", r"\.distcp"),
+        ("a weight cut", r"__0_0\.distcp is cut short"),
+        (
+            "a weight overwritten",
+            r"decoder\.layers\.2\.mlp\.linear_fc2\.weight in .* cannot be read",
+        ),
+        ("all but a little cut", "iter_0000020"),
+        (".metadata cut", r"\.metadata cannot be read .* cut short or damaged"),
+        ("metadata.json cut", r"metadata\.json cannot be read .* cut short or damaged"),
+    ],
+)
+def test_damaged_files_are_named(damage, words, load, tmp_path):
+    shutil.copytree(load, tmp_path / "ckpt")
+    folder = tmp_path / "ckpt" / "iter_0000020"
+    (file,) = folder.glob("*.distcp")
     checkpoint = open_checkpoint(load)
     pieces = checkpoint.metadata.storage_data.items()
-    ends = [i.offset + i.length for where, i in pieces if where.fqn in checkpoint.tensors]
+    pieces = {where.fqn: info for where, info in pieces if where.fqn in checkpoint.tensors}
+    key = "decoder.layers.2.mlp.linear_fc2.weight"
     if damage == "missing":
         file.unlink()
-    else:
+    elif damage == "a weight overwritten":
         with file.open("r+b") as stream:
-            stream.truncate(max(ends) - 10 if damage == "a weight cut" else 100)
-    with pytest.raises(ValueError, match=r"cut short" if "weight" in damage else str(load)):
-        export_to_hf(load, tmp_path / "hf")
+            stream.seek(pieces[key].offset)
+            stream.write(b"\0" * pieces[key].length)
+    elif damage.endswith(" cut") and damage != "a weight cut":
+        os.truncate(folder / damage.split()[0], 40) if "meta" in damage else os.truncate(file, 100)
+    else:
+        os.truncate(file, max(i.offset + i.length for i in pieces.values()) - 10)
+    with pytest.raises(ValueError, match=words):
+        export_to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_card_names_data_without_their_places(load, tmp_path):
+    export_to_hf(load, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "books_text_document (0.25), code_text_document (0.75)" in card
+    assert "/data" not in card
+    assert "not verified" in card
+    assert "AutoTokenizer" not in card, "there is none"
+
+
+def test_verify(load, tmp_path):
+    made = export_to_hf(load, tmp_path / "hf", dtype="bf16", verify=True)
+    assert "4 x 64" in made.verified
+    assert made.verified in (tmp_path / "hf" / "README.md").read_text()
+    assert str(tmp_path) not in made.verified
+    model = checkpoints.build_reference(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6  # float32 itself is too coarse then
+    wild = checkpoints.write_checkpoint(tmp_path / "wild", model)
+    with pytest.raises(ValueError, match=r"not kept: its logits must be within 0\.0001"):
+        export_to_hf(wild, tmp_path / "bad", verify=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "wild"}
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    model = checkpoints.build_reference(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=13, num_attention_heads=8
+    )
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model)
+    export_to_hf(load, tmp_path / "warm")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_memory()
+    made = export_to_hf(load, tmp_path / "hf")
+    assert made.bytes > 40e6
+    assert peak_memory() - before < made.bytes / 2
+
+
+def peak_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def test_overwrite(tmp_path):
@@ -170,7 +271,7 @@ def test_overwrite(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").touch()
-    with pytest.raises(ValueError, match="not an exported model"):
+    with pytest.raises(ValueError, match="not an earlier output"):
         export_to_hf(load, other, overwrite=True)
     assert (other / "precious").exists()
     bad = checkpoints.write_checkpoint(

@@ -4,9 +4,16 @@ This file is copied into every exported folder: it imports transformers and noth
 Needs transformers >= 5.4.
 """
 
+from dataclasses import is_dataclass
 from typing import ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
+
+if not is_dataclass(PreTrainedConfig):
+    raise ImportError(
+        f"transformers ({__version__}) must be 5.4.0 or newer, where configurations became "
+        "dataclasses. Upgrade it: pip install -U transformers."
+    )
 
 ARCHITECTURES = ("transformer", "resformer", "satformer")
 VALUE_GATES = ("relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity")
@@ -24,16 +31,20 @@ class SATFormerConfig(PreTrainedConfig):
         value_residual_last_k: Only the last k layers mix the first layer's values, 1 <= k <= L - 1;
             None means all layers but the first, which never mixes.
         qk_norm: RMSNorm over the head dim of queries and keys, before the rotary embedding.
+        qk_norm_eps: Its epsilon; None means rms_norm_eps, that of the other norms.
         attention_bias: Bias on the q, k and v projections; the output projection never has one.
     """
 
     model_type = "satformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # no base_model_pp_plan: a stage hands on the hidden states alone, and V1 would be lost
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.value_gate": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -61,6 +72,7 @@ class SATFormerConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     qk_norm: bool = True
+    qk_norm_eps: float | None = None
     architecture: str = "satformer"
     value_gate: str = "relu"
     value_gate_bias: bool = False

@@ -48,6 +48,20 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda z: z,
 }
+SPLIT_HEADS = (
+    "{} needs all KV heads on every rank; tensor parallelism has split them. Use one rank."
+)
+
+
+def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions of [b, s, h] that logits are wanted of, see `SATFormerForCausalLM.forward`."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]  # 0: all
+    if keep.dim() == 1:
+        return hidden_states[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden_states[keep]
+    return hidden_states.take_along_dim(keep.unsqueeze(-1), dim=1)
 
 
 @dataclass
@@ -97,8 +111,9 @@ class SATFormerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=eps)
         if self.mixes and config.architecture == "satformer":
             self.value_gate = nn.Linear(
                 config.hidden_size, config.num_key_value_heads, bias=config.value_gate_bias
@@ -113,19 +128,16 @@ class SATFormerAttention(nn.Module):
         if not self.mixes:
             return v, None
         assert v1 is not None, "layer 1 has not run"
+        split = v.size(-2) < self.config.num_key_value_heads  # by tensor parallelism
         if self.config.architecture == "resformer":
             assert lambda1 is not None
+            if split and self.training:  # each rank would have its heads' part of the gradient
+                raise NotImplementedError(SPLIT_HEADS.format("training architecture (resformer)"))
             # the lambdas stay float32 in a bf16 model: scalars near 1..L lose too much there
             return (lambda1 * v1 + self.value_lambda2 * v).to(v.dtype), None
         logits = self.value_gate(hidden_states)
-        if (
-            "softmax" in self.config.value_gate
-            and logits.size(-1) < self.config.num_key_value_heads
-        ):
-            raise NotImplementedError(
-                f"value_gate ({self.config.value_gate}) needs the logits of all KV heads on every "
-                "rank; tensor parallelism has split them. Use one rank."
-            )
+        if split and "softmax" in self.config.value_gate:
+            raise NotImplementedError(SPLIT_HEADS.format(f"value_gate ({self.config.value_gate})"))
         alpha = GATES[self.config.value_gate](logits)
         return torch.addcmul(v, alpha.unsqueeze(-1), v1), alpha
 
@@ -260,11 +272,16 @@ class SATFormerModel(SATFormerPreTrainedModel):
         """Ids [b, s] or embeddings [b, s, h] -> hidden states [b, s, h] after the last norm.
 
         Raises:
-            ValueError: Not exactly one input, or attention weights asked of a kernel without them.
+            ValueError: Not exactly one input, attention weights asked of a kernel without them, or
+                a cache given to training with gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("Training with gradient checkpointing reads no past_key_values.")
+            use_cache = False  # the backward pass would fill it a second time
         output_attentions = output_attentions or self.config.output_attentions
         output_hidden_states = output_hidden_states or self.config.output_hidden_states
         if output_attentions and self.config._attn_implementation != "eager":
@@ -272,8 +289,6 @@ class SATFormerModel(SATFormerPreTrainedModel):
                 "output_attentions needs attn_implementation 'eager', not "
                 f"{self.config._attn_implementation!r}: model.set_attn_implementation('eager')."
             )
-        if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -310,7 +325,7 @@ class SATFormerModel(SATFormerPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return SATFormerModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             hidden_states=(*all_hidden, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             gates=tuple(gates) if output_gates else None,
@@ -346,7 +361,11 @@ class SATFormerForCausalLM(SATFormerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> SATFormerCausalLMOutputWithPast:
-        """Ids [b, s] -> logits [b, s or logits_to_keep, vocab]; labels are the ids, not shifted."""
+        """Ids [b, s] -> logits [b, s, vocab] and, if labels are given (the ids, not shifted), loss.
+
+        logits_to_keep leaves out the other logits: the last n positions, those of a tensor [n] or
+        [b, n], or, where a bool tensor [b, s] is True, as [number of True, vocab].
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -360,8 +379,7 @@ class SATFormerForCausalLM(SATFormerPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(
