@@ -6,9 +6,10 @@
 #   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart evaluate test test-all parity lint format clean distclean
+.PHONY: help install quickstart evaluate test test-all test-oldest parity lint format clean distclean
 
 BIN := .venv/bin
+OLDEST := .venv/oldest-transformers-5.4.0
 SAMPLES ?= 50
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
 
@@ -34,6 +35,15 @@ test: install ## the tests without those marked slow
 
 test-all: install ## the whole test suite, as continuous integration runs it
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-oldest: install $(OLDEST) ## the exported modelling code under the oldest transformers that it supports
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/checkpoint/test_hf_modeling.py $(ARGS)
+
+$(OLDEST): | install
+	rm -rf $@ $@.new
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.new \
+		transformers==5.4.0 huggingface_hub==1.33.0 tokenizers==0.22.2
+	mv $@.new $@
 
 parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
 	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)

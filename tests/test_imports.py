@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "config", "model"},
+    "benchmark_hf": {"checkpoint"},
     "model": {"config"},
     "parallel": {"config", "model"},
     "data": set(),
@@ -29,7 +30,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "megatron.training": {"arguments", "backend/cpu", "model/builder", "config"},
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
-    "transformers": {"checkpoint", "analysis", "data/tokenizers"},
+    "transformers": {"checkpoint", "analysis", "benchmark_hf", "data/tokenizers"},
     "transformer_engine": set(),
     "tools": set(),
     "pretrain_satformer": set(),

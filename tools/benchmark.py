@@ -2,47 +2,97 @@
 """Compare training steps of two architectures at one shape on the current device.
 
     python tools/benchmark.py --architectures transformer satformer
+    python tools/benchmark.py --hf
 
 Runs A B A B ... in one process, so that both meet the same machine, and prints the median step time
-and the peak memory of each, with B / A. Not a test: figures depend on the machine.
+and the peak memory of each, with B / A. With --hf, the exported Hugging Face models read a prompt
+and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape. Not a test:
+figures depend on the machine.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.benchmark import BenchmarkOptions, format_table, run_benchmark
-from megatron_satformer.config import ARCHITECTURES
+from megatron_satformer.data.cli import run_tool
+
+# written out: importing them costs Megatron's imports, also in each process that --hf starts
+ARCHITECTURES = ("transformer", "resformer", "satformer")
+SIZES = (
+    *("hidden_size", "num_layers", "num_attention_heads", "num_query_groups"),
+    *("ffn_hidden_size", "seq_length", "micro_batch_size", "vocab_size"),
+)
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> argparse.ArgumentParser:
+    """Flags of both benchmarks; what is not given takes the default of the one that runs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--hf", action="store_true", default=False, help="beside transformers' own, on the CPU"
+    )
     parser.add_argument(
         "--architectures",
         nargs=2,
         choices=ARCHITECTURES,
-        default=["transformer", "satformer"],
         metavar=("A", "B"),
-        help="the baseline, and what is compared to it",
+        help="the baseline, and what is compared to it; with --hf: both beside transformers' own",
     )
-    shape = BenchmarkOptions()
-    for name in ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
-    for name in ("ffn_hidden_size", "seq_length", "micro_batch_size", "vocab_size"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
-    parser.add_argument("--rounds", type=int, default=shape.rounds, help="A B pairs")
-    parser.add_argument("--steps", type=int, default=shape.steps, help="steps of each per round")
+    for name in SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--rounds", type=int, help="A B pairs; with --hf: prompts of each")
+    parser.add_argument("--steps", type=int, help="steps of each per round")
+    parser.add_argument("--new-tokens", type=int, help="with --hf: decoded after each prompt")
+    parser.add_argument(
+        "--no-qk-layernorm",
+        dest="qk_layernorm",
+        action="store_false",
+        help="with --hf: Llama's shape instead of Qwen3's",
+    )
     parser.add_argument("--bf16", action="store_true", help="bf16 weights and activations")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    args = vars(parser.parse_args())
-    target = args.pop("json")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"])
+    parser.add_argument("--json", metavar="FILE", default=None, help="also write figures to FILE")
+    return parser
+
+
+def _run(args: dict[str, Any], hf: bool) -> tuple[dict[str, Any], str]:
+    """Measure; figures and their table."""
+    if hf:
+        from megatron_satformer.benchmark_hf import (
+            HFBenchmarkOptions,
+            format_hf_table,
+            run_hf_benchmark,
+        )
+
+        _refuse_others(args, HFBenchmarkOptions, "with --hf")
+        figures = run_hf_benchmark(HFBenchmarkOptions(**args))
+        return figures, format_hf_table(figures)
+    from megatron_satformer.benchmark import BenchmarkOptions, format_table, run_benchmark
+
+    _refuse_others(args, BenchmarkOptions, "without --hf")
     figures = run_benchmark(BenchmarkOptions(**args))
-    print(format_table(figures))
+    return figures, format_table(figures)
+
+
+def _refuse_others(args: dict[str, Any], options: type, where: str) -> None:
+    for name in args.keys() - {field.name for field in fields(options)}:
+        raise ValueError(f"{name} ({args[name]}) must not be given {where}. Leave it out.")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    args = vars(_parser().parse_args())
+    target, hf = args.pop("json"), args.pop("hf")
+    if target and not Path(target).absolute().parent.is_dir():
+        raise ValueError(f"json ({target}) must be in a folder that exists. Make it first.")
+    figures, table = _run(args, hf)
+    print(table)
     if target:
         Path(target).write_text(json.dumps(figures, indent=2) + "\n")
     else:
@@ -50,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -48,9 +48,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda z: z,
 }
-SPLIT_HEADS = (
-    "{} needs all KV heads on every rank; tensor parallelism has split them. Use one rank."
-)
+SPLIT_HEADS = "{} needs all KV heads together; tensor parallelism has split them. Use one rank."
 
 
 def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
