@@ -110,6 +110,7 @@ def _convert(job: Job) -> Result:
             *("--save", folder),
             *("--dtype", "fp32"),
             *("--tokenizer", job.root / training.TOKENIZER),
+            "--verify",
         ]
     )
     parameters = count_parameters(folder)
