@@ -5,7 +5,6 @@ memory is taken per architecture: on a GPU from the allocator, on the CPU as the
 of a process of its own, above what it held before the model was built.
 """
 
-import multiprocessing
 import os
 import resource
 import statistics
@@ -19,6 +18,7 @@ import torch
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.own_process import measure_in_own_process
 
 MEMORY_STEPS = 3
 
@@ -133,17 +133,7 @@ def format_table(figures: dict[str, Any]) -> str:
 
 def _peak_memory(options: BenchmarkOptions, architecture: str) -> float:
     """Bytes one training process needs at its peak, beyond the imported libraries."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, options, architecture))
-    process.start()
-    sender.close()
-    try:
-        peak = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"the memory run of {architecture} ended without a figure") from None
-    process.join()
-    return peak
+    return measure_in_own_process(_report_peak, options, architecture, name=architecture)
 
 
 def _report_peak(sender: Any, options: BenchmarkOptions, architecture: str) -> None:

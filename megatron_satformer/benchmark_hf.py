@@ -6,7 +6,6 @@ median over their neighbouring measurements. Peak memory is the peak resident se
 alone reads and decodes in a process of its own, above what that held before the model was built.
 """
 
-import multiprocessing
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ from transformers import (
 
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.own_process import measure_in_own_process
 
 MEMORY_RUNS = 3
 
@@ -188,17 +188,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 def _peak_memory(options: HFBenchmarkOptions, name: str) -> float:
     """Bytes that a process with this model needs at its peak, beyond the imported libraries."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, options, name))
-    process.start()
-    sender.close()
-    try:
-        peak = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"the memory run of {name} ended without a figure") from None
-    process.join()
-    return peak
+    return measure_in_own_process(_report_peak, options, name, name=name)
 
 
 def _report_peak(sender: Any, options: HFBenchmarkOptions, name: str) -> None:

@@ -64,6 +64,8 @@ def test_stop_between_two_evaluations(pretrain, data_flags, tmp_path):
         ("--value-gate tanh", "value_gate (tanh) must be that of the checkpoint in load"),
         ("--value-residual-last-k 2", "value_residual_last_k (2) must be that of the checkpoint"),
         ("--value-gate tanh --finetune", "value_gate (tanh) must be that of the checkpoint"),
+        ("--norm-epsilon 1e-5", "layernorm_epsilon (1e-05) must be that of the checkpoint in load"),
+        ("--no-qk-layernorm --finetune", "qk_layernorm (False) must be that of the checkpoint"),
     ],
 )
 def test_a_checkpoint_is_not_continued_as_another_model(started, pretrain, flags, told):

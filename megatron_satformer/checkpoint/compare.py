@@ -30,6 +30,7 @@ from megatron_satformer.checkpoint.model_folder import (
     load_hugging_face_tokenizer,
     quiet_transformers,
 )
+from megatron_satformer.checkpoint.options import DTYPES
 from megatron_satformer.checkpoint.reader import MegatronCheckpoint, open_checkpoint
 from megatron_satformer.checkpoint.sample_tokens import (
     VERIFY_TEXT,
@@ -42,7 +43,6 @@ from megatron_satformer.checkpoint.sample_tokens import (
     read_validation_tokens,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHUNK = 64  # rows of logits
 VERIFY_SEQUENCES, VERIFY_LENGTH = 4, 256
 Logits = Callable[[Tensor], Tensor]  # ids [1, s] -> logits [1, s, at least the vocabulary]

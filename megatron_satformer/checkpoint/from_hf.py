@@ -26,8 +26,8 @@ from megatron_satformer.checkpoint.megatron_args import (
     training_flags,
 )
 from megatron_satformer.checkpoint.names import Name, convert_to_megatron, iterate_names
+from megatron_satformer.checkpoint.options import DTYPES
 from megatron_satformer.checkpoint.reader import TRACKER
-from megatron_satformer.checkpoint.to_hf import DTYPES
 from megatron_satformer.checkpoint.writer import RELEASE, Piece, write_release
 
 EXTRA_STATES = (

@@ -19,9 +19,9 @@ from megatron_satformer.checkpoint.model_folder import (
     load_hugging_face_tokenizer,
     quiet_transformers,
 )
-from megatron_satformer.checkpoint.options import build_hf_config
+from megatron_satformer.checkpoint.options import DTYPES, build_hf_config
 from megatron_satformer.checkpoint.reader import open_checkpoint
-from megatron_satformer.checkpoint.to_hf import DTYPES, check_names, read_state_dict
+from megatron_satformer.checkpoint.to_hf import check_names, read_state_dict
 from megatron_satformer.checkpoint.tokenizer import build_transformers_tokenizer
 from megatron_satformer.checkpoint.tokenizer_source import detect_tokenizer, find_tokenizer
 

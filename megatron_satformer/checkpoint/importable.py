@@ -10,6 +10,7 @@ import torch
 
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hf_folder import CONFIG, HFFolder
+from megatron_satformer.checkpoint.stock import SHAPE_FIELDS
 
 # model_type -> whether its queries and keys are normalised
 STOCK = {"llama": False, "qwen3": True}
@@ -25,24 +26,7 @@ REQUIRED: dict[str, Any] = {
     "quantization_config": (None,),
 }
 # fields of the same name and meaning
-SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+SHARED = (*SHAPE_FIELDS, "attention_bias", "pad_token_id")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ not know: modules, process groups.
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,16 +148,22 @@ def _check_same_transformer(args: Namespace, saved: Namespace, source: Source) -
             f"from_transformer (True) must be given with a Transformer's checkpoint, and {source} "
             f"is that of architecture ({theirs}). Leave --from-transformer out."
         )
+    _check_same_options(args, saved, source, TRANSFORMER_OPTIONS)
+
+
+def _check_same_options(
+    args: Namespace, saved: Namespace, source: Source, options: Mapping[str, str]
+) -> None:
     compared: dict[str, tuple[Any, Any]] = {
         option: (getattr(args, option), getattr(saved, option, getattr(saved, older, None)))
-        for option, older in TRANSFORMER_OPTIONS.items()
+        for option, older in options.items()
     }
     compared["num_query_groups"] = _query_groups(args), _query_groups(saved)
     for option, (mine, theirs) in compared.items():
         if theirs is not None and mine != theirs:
             raise ValueError(
                 f"{option} ({mine}) must be that of {source}, which is ({theirs}), for the run to "
-                "go on as that Transformer. Give it on the command line."
+                "go on as that model. Give it on the command line."
             )
 
 
@@ -174,6 +181,10 @@ def _check_same_model(args: Namespace, saved: Namespace, source: Source) -> None
         if option == "architecture" and mine == "satformer" and theirs == "transformer":
             way = f"To start a SATFormer from its weights, add --from-transformer. {START}"
         raise ValueError(f"{option} ({mine}) must be that of {source}, which is ({theirs}). {way}")
+    # A model is fine-tuned to longer texts with another base of its rotary embedding.
+    free = {"rotary_base"} if source.weights_only else set()
+    fixed = {option: older for option, older in TRANSFORMER_OPTIONS.items() if option not in free}
+    _check_same_options(args, saved, source, fixed)
 
 
 def _check_vocabulary(args: Namespace, saved: Namespace, source: Source) -> None:

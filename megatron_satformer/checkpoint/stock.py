@@ -9,7 +9,7 @@ from typing import Any
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 
 # fields that mean the same in all three
-SHARED = (
+SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -17,12 +17,10 @@ SHARED = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "hidden_act",
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
     "tie_word_embeddings",
-    "rope_parameters",
     "attention_dropout",
     "bos_token_id",
     "eos_token_id",
@@ -46,7 +44,7 @@ def build_stock_config(config: SATFormerConfig) -> Any | None:
         return None
     if config.qk_norm and config.qk_norm_eps not in (None, config.rms_norm_eps):
         return None
-    fields = {name: getattr(config, name) for name in SHARED}
+    fields = {name: getattr(config, name) for name in (*SHAPE_FIELDS, "hidden_act")}
     assert config.rope_parameters is not None
     fields["rope_parameters"] = dict(config.rope_parameters)
     # Their embedding gives a pad token no gradient: fine-tuning would never move an eos that pads.

@@ -21,7 +21,7 @@ from megatron_satformer.checkpoint.card import Facts, build_card
 from megatron_satformer.checkpoint.folder import check_space, check_target, written_atomically
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.names import EMBEDDING, Name, convert_to_hf, iterate_names
-from megatron_satformer.checkpoint.options import build_hf_config, check_exportable
+from megatron_satformer.checkpoint.options import DTYPES, build_hf_config, check_exportable
 from megatron_satformer.checkpoint.reader import MegatronCheckpoint, open_checkpoint
 from megatron_satformer.checkpoint.shards import ShardWriter, parse_shard_size
 from megatron_satformer.checkpoint.stock import build_stock_config
@@ -35,7 +35,6 @@ from megatron_satformer.checkpoint.verification import check_verifiable, verify_
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.data.tokenizers.reference import build_tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO_MAP = {
     "AutoConfig": "configuration_satformer.SATFormerConfig",
     "AutoModel": "modeling_satformer.SATFormerModel",

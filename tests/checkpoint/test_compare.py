@@ -1,6 +1,5 @@
 """Megatron's own modules run a checkpoint on one process, and two models are held together."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,17 +15,9 @@ from megatron_satformer.checkpoint.megatron_model import load_megatron_model, me
 from megatron_satformer.checkpoint.reader import open_checkpoint
 from megatron_satformer.checkpoint.sample_tokens import encode_text, read_text
 from megatron_satformer.checkpoint.to_hf import export_to_hf
+from tests.checkpoint import checkpoints
+from tests.checkpoint.inputs import read_ids
 
-
-def load_beside(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints = load_beside("checkpoints")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # rounding of two programs that add up in different orders, at logits of about 10
 TOLERANCE = 1e-5
@@ -65,7 +56,7 @@ def trained(on_ranks, data_flags, tmp_path_factory):
     """Folder of a checkpoint trained in PP2 x 2 virtual stages, ids, logits of its evaluation."""
     folder = tmp_path_factory.mktemp("trained")
     data = Path(data_flags[data_flags.index("--data-path") + 1])
-    ids = load_beside("inputs").read_ids(data)
+    ids = read_ids(data)
     torch.save(ids, folder / "ids")
     flags = (
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "

@@ -1,6 +1,5 @@
 """inspect: what lies in a folder of either kind, without reading a weight."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,17 +7,8 @@ import pytest
 
 from megatron_satformer.checkpoint.inspection import inspect_checkpoint
 from megatron_satformer.checkpoint.to_hf import export_to_hf
+from tests.checkpoint import checkpoints
 
-
-def load_beside(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints = load_beside("checkpoints")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 

@@ -1,22 +1,10 @@
 """Checkpoints are found by folder and step, and what is none is named."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from megatron_satformer.checkpoint.reader import open_checkpoint
+from tests.checkpoint import checkpoints
 
-
-def load_beside(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints = load_beside("checkpoints")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 

@@ -1,8 +1,6 @@
 """A plain Transformer becomes transformers' own Qwen3 or Llama wherever that computes the same."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +9,8 @@ from transformers import AutoModelForCausalLM
 from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.stock import build_stock_config
 from megatron_satformer.checkpoint.to_hf import export_to_hf
+from tests.checkpoint import checkpoints
 
-
-def load_beside(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints = load_beside("checkpoints")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # head_dim is not hidden_size / heads, there are two queries to a key, eps is nobody's default
 CASES = [

@@ -18,18 +18,9 @@ from safetensors.torch import load_file, save_file
 from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
 from megatron_satformer.checkpoint.reader import open_checkpoint
 from megatron_satformer.checkpoint.to_hf import export_to_hf
+from tests.checkpoint import checkpoints
+from tests.checkpoint.test_tokenizer import write_model
 
-
-def load_beside(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-checkpoints = load_beside("checkpoints")
-write_model = load_beside("test_tokenizer").write_model
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CASES = [

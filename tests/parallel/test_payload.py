@@ -221,7 +221,12 @@ def test_figures_of_the_design(recorded, model, ratio):
 
 
 @pytest.mark.parametrize(
-    "layout", ["PP2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)]
+    "layout",
+    [
+        "PP2",
+        pytest.param("PP4 x 2 virtual", marks=pytest.mark.slow),
+        pytest.param("TP2 x PP2 x 2 virtual + SP", marks=pytest.mark.slow),
+    ],
 )
 def test_bf16_halves_the_bytes(recorded, layout):
     layout = LAYOUTS[layout]
