@@ -11,12 +11,12 @@ from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerCo
 EQUATION = {
     "transformer": "V'_n = V_n\n(no value residual)",
     "resformer": (
-        "V'_n = lambda1_n V_1 + lambda2_n V_n        layers n that mix\n"
+        "V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n"
         "lambda1_n = lambda_scale * softmax(lambda_logits)_n"
     ),
     "satformer": (
-        "V'_n = V_n + alpha_n V_1                    layers n that mix\n"
-        "alpha_n = {gate}(W_gate,n x_n)              one scalar per token and KV head"
+        "V'_n = V_n + alpha_n V_1, in layers n that mix\n"
+        "alpha_n = {gate}(W_gate,n x_n), one scalar per token and KV head"
     ),
 }
 V1 = (
