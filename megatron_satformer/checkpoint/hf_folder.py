@@ -230,10 +230,9 @@ def _map_torch_file(file: Path) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{file} cannot be read: {reason}.") from None
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    if not isinstance(content, dict) or len(tensors) < len(content):
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{file} must hold a model's state dict: tensors by name, nothing else.")
-    for name, tensor in tensors.items():
+    for name, tensor in content.items():
         if tensor.dtype not in DTYPES.values():
             _find_dtype(file, name, str(tensor.dtype))
-    return tensors
+    return content

@@ -313,6 +313,9 @@ def test_broken_folders_are_named(qwen, tmp_path):
     torch.save({"model.norm.weight": torch.ones(32)}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight is missing"):
         start()
+    torch.save([torch.ones(32)], folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"must hold a model's state dict"):
+        start()
     (folder / "pytorch_model.bin").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"pytorch_model.bin is cut short"):
         start()
