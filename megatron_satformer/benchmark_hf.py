@@ -1,8 +1,10 @@
 """The exported Hugging Face classes beside transformers' own of the same shape, on the CPU.
 
-One process holds all models and lets them take turns: at each prompt, and at each token of greedy
+A process holds all models and lets them take turns: at each prompt, and at each token of greedy
 decoding with the cache. Neighbours in time meet the same machine, so a ratio of two models is the
-median over their neighbouring measurements. Peak memory is the peak resident set while one model
+median over their neighbouring measurements. Where in memory a model comes to lie favours one or the
+other by some percent for as long as the process lives: so several processes are measured, each of
+which builds another model first. Peak memory is the peak resident set while one model
 alone reads and decodes in a process of its own, above what that held before the model was built.
 """
 
@@ -38,7 +40,8 @@ class HFBenchmarkOptions:
         architectures: Of our models; transformers' own is Qwen3ForCausalLM, or LlamaForCausalLM
             without qk_layernorm.
         new_tokens: Decoded after each prompt.
-        rounds: Prompts of each model.
+        processes: That the models take turns in, one after the other.
+        rounds: Prompts of each model in each process.
     """
 
     architectures: tuple[str, ...] = ("resformer", "satformer")
@@ -51,7 +54,8 @@ class HFBenchmarkOptions:
     micro_batch_size: int = 1
     vocab_size: int = 32000
     new_tokens: int = 32
-    rounds: int = 10
+    processes: int = 3
+    rounds: int = 6
     qk_layernorm: bool = True
     bf16: bool = False
 
@@ -68,6 +72,8 @@ class HFBenchmarkOptions:
         for name in ("num_layers", "seq_length", "new_tokens", "rounds"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 2. Raise it.")
+        if self.processes < 1:
+            raise ValueError(f"processes ({self.processes}) must be at least 1. Raise it.")
 
     @property
     def stock(self) -> str:
@@ -94,7 +100,7 @@ def run_hf_benchmark(options: HFBenchmarkOptions) -> dict[str, Any]:
         name: statistics.median(_peak_memory(options, name) for _ in range(MEMORY_RUNS))
         for name in options.names
     }
-    prefill, decode = _take_turns(options)
+    prefill, decode = _run_processes(options)
     rows = []
     for name in options.names:
         row: dict[str, Any] = {"model": name, "peak_mib": peaks[name] / 2**20}
@@ -121,8 +127,9 @@ def format_hf_table(figures: dict[str, Any]) -> str:
     lines = [
         f"device: {figures['device']}",
         f"batch {options['micro_batch_size']}, prompt {options['seq_length']}, "
-        f"{options['rounds']} x {options['new_tokens']} tokens; speed and memory over "
-        f"{figures['measured'][0]['model']}'s, speed by neighbouring pairs (by minima)",
+        f"{options['processes']} processes x {options['rounds']} x {options['new_tokens']} tokens",
+        f"speed and memory over {figures['measured'][0]['model']}'s, speed by neighbouring pairs "
+        "(by minima)",
         f"{'':<18}{'prefill ms':>11}{'min':>9}{'speed':>16}{'decode ms':>11}{'min':>8}"
         f"{'speed':>16}{'peak MiB':>10}{'ratio':>7}",
     ]
@@ -160,16 +167,36 @@ class _Reader:
         self.ids, self.cache = out.logits.argmax(-1), out.past_key_values
 
 
-def _take_turns(options: HFBenchmarkOptions) -> tuple[dict[str, list[float]], ...]:
+Times = dict[str, list[float]]  # model -> seconds
+
+
+def _run_processes(options: HFBenchmarkOptions) -> tuple[Times, Times]:
     """Seconds of every prompt, and of every token, by model."""
-    prefill: dict[str, list[float]] = {name: [] for name in options.names}
-    decode: dict[str, list[float]] = {name: [] for name in options.names}
+    prefill: Times = {name: [] for name in options.names}
+    decode: Times = {name: [] for name in options.names}
+    for first in range(options.processes):
+        found = measure_in_own_process(_report_times, options, first, name="speed")
+        for total, times in zip((prefill, decode), found, strict=True):
+            for name in options.names:
+                total[name] += times[name]
+    return prefill, decode
+
+
+def _report_times(sender: Any, options: HFBenchmarkOptions, first: int) -> None:
+    sender.send(_take_turns(options, first))
+
+
+def _take_turns(options: HFBenchmarkOptions, first: int = 0) -> tuple[Times, Times]:
+    """Seconds of every prompt, and of every token, by model; number `first` is built first."""
+    first %= len(options.names)
+    order = [*options.names[first:], *options.names[:first]]
+    prefill: Times = {name: [] for name in order}
+    decode: Times = {name: [] for name in order}
     with torch.inference_mode():
-        readers = {name: _Reader(options, name) for name in options.names}
+        readers = {name: _Reader(options, name) for name in order}
         for reader in readers.values():  # the first calls allocate
             reader.read()
             reader.write()
-        order = list(options.names)
         for _ in range(options.rounds):
             for name in order:
                 prefill[name].append(_seconds(readers[name].read))

@@ -1,20 +1,20 @@
-"""Runs a measurement in a process of its own, so that no other model's memory is in its figure."""
+"""Runs a measurement in a process of its own, whose memory no earlier one has shaped."""
 
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 
-def measure_in_own_process(report: Callable[..., None], *args: Any, name: str) -> float:
-    """Returns the one figure that `report(sender, *args)` sends from a new process.
+def measure_in_own_process(report: Callable[..., None], *args: Any, name: str) -> Any:
+    """Returns what `report(sender, *args)` sends from a new process.
 
     Args:
-        report: Importable by name; calls `sender.send(figure)` once.
+        report: Importable by name; calls `sender.send(...)` once.
         args: For it; they travel by pickle.
         name: Of what is measured, for the error.
 
     Raises:
-        RuntimeError: If the process ends without a figure.
+        RuntimeError: If the process ends without sending.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -22,8 +22,8 @@ def measure_in_own_process(report: Callable[..., None], *args: Any, name: str) -
     process.start()
     sender.close()
     try:
-        figure: float = receiver.recv()
+        found = receiver.recv()
     except EOFError:
-        raise RuntimeError(f"the memory run of {name} ended without a figure") from None
+        raise RuntimeError(f"the process that measures {name} ended without a figure") from None
     process.join()
-    return figure
+    return found

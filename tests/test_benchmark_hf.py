@@ -8,7 +8,7 @@ from megatron_satformer.benchmark_hf import (
     HFBenchmarkOptions,
     _build_model,
     _peak_memory,
-    _take_turns,
+    _run_processes,
 )
 
 TINY = HFBenchmarkOptions(
@@ -36,10 +36,11 @@ def test_same_shape(qk_layernorm):
     assert ours == theirs
 
 
-def test_models_take_turns():
-    prefill, decode = _take_turns(TINY)
-    assert {name: len(taken) for name, taken in prefill.items()} == dict.fromkeys(TINY.names, 2)
-    assert {name: len(taken) for name, taken in decode.items()} == dict.fromkeys(TINY.names, 6)
+def test_models_take_turns_in_every_process():
+    prefill, decode = _run_processes(replace(TINY, processes=2))
+    assert {name: len(taken) for name, taken in prefill.items()} == dict.fromkeys(TINY.names, 4)
+    assert {name: len(taken) for name, taken in decode.items()} == dict.fromkeys(TINY.names, 12)
+    assert min(min(taken) for taken in (*prefill.values(), *decode.values())) > 0
 
 
 @pytest.mark.slow
@@ -55,6 +56,7 @@ def test_peak_memory_holds_the_weights():
         ({"hidden_size": 30}, r"hidden_size \(30\) must be a multiple of num_attention_heads"),
         ({"num_query_groups": 3}, "num_attention_heads"),
         ({"rounds": 1}, "rounds"),
+        ({"processes": 0}, "processes"),
     ],
 )
 def test_bad_options(options, words):

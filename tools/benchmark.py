@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--rounds", type=int, help="A B pairs; with --hf: prompts of each")
+    parser.add_argument("--processes", type=int, help="with --hf: one after the other")
     parser.add_argument("--steps", type=int, help="steps of each per round")
     parser.add_argument("--new-tokens", type=int, help="with --hf: decoded after each prompt")
     parser.add_argument(
