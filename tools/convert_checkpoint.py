@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.data.cli import ToolParser, run_tool
 
 DTYPES = ("bf16", "fp16", "fp32")
+OURS, THEIRS = "Hugging Face folder", "folder in the layout of the paper's own repository"
 
 
 def _parser() -> ToolParser:
@@ -16,10 +17,10 @@ def _parser() -> ToolParser:
     _add_to_hf(commands)
     _add_from_hf(commands)
     for name, source, made in (
-        ("from-reference", "folder in the layout of the paper's own repository", "hf"),
-        ("to-reference", "Hugging Face folder", "reference"),
+        ("from-reference", THEIRS, OURS),
+        ("to-reference", OURS, THEIRS),
     ):
-        command = commands.add_parser(name, help=f"A {source} to {made}, exactly.")
+        command = commands.add_parser(name, help=f"A {source} to a {made}, exactly.")
         _add_load_and_save(command, f"A {source}.")
         if name == "to-reference":
             _add_accept_qk_norm_eps(command)
@@ -89,8 +90,18 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     )
     _add_accept_qk_norm_eps(command)
     command.add_argument("--dtype", choices=DTYPES, help="Default: the folder's.")
-    command.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
-    command.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    command.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        help="Of the embedding's rows, on each tensor-parallel rank; as the flag of training.",
+    )
+    command.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        help="For that padding alone: the checkpoint fits any layout.",
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
@@ -110,8 +121,12 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--text", type=Path, help="Text file to read. Default: random tokens.")
     command.add_argument("--tolerance", type=float, default=1e-4, help="Of one logit, absolute.")
-    command.add_argument("--sequences", type=int, default=4)
-    command.add_argument("--seq-length", type=int, default=256)
+    command.add_argument("--sequences", type=int, default=4, help="Number of them.")
+    command.add_argument(
+        "--seq-length",
+        type=int,
+        help="Default: 256, or fewer where a model was made for fewer.",
+    )
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="Both are run in.")
     command.add_argument("--seed", type=int, default=1234, help="Of the random tokens.")
     command.add_argument("--json", action="store_true", help="Print JSON.")

@@ -147,8 +147,8 @@ def compare_models(
     a: Path,
     b: Path,
     text: Path | None = None,
-    sequences: int = 4,
-    seq_length: int = 256,
+    sequences: int = VERIFY_SEQUENCES,
+    seq_length: int | None = None,
     dtype: str = "fp32",
     seed: int = 1234,
 ) -> Comparison:
@@ -159,7 +159,7 @@ def compare_models(
         b: The same.
         text: File to read the tokens from, with a tokenizer of A or B; None for random tokens.
         sequences: Number of sequences.
-        seq_length: Tokens of each.
+        seq_length: Tokens of each; None for 256, or fewer where a model was made for fewer.
         dtype: One of DTYPES, for weights and arithmetic of both.
         seed: Of random tokens.
 
@@ -168,11 +168,14 @@ def compare_models(
         NotImplementedError: If a checkpoint has an option that cannot be run on one CPU process.
     """
     for name, value in (("sequences", sequences), ("seq_length", seq_length)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1.")
     content = None if text is None else read_text(text)
     sides = _open_side(a, "A"), _open_side(b, "B")
     vocab_size = _common_vocabulary(*sides)
+    if seq_length is None:
+        made_for = [side.longest for side in sides if side.longest is not None]
+        seq_length = min([VERIFY_LENGTH, *made_for])
     for side in sides:
         if side.longest is not None and seq_length > side.longest:
             raise ValueError(

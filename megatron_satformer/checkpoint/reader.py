@@ -6,6 +6,7 @@ what the tensors mean.
 """
 
 import json
+import logging
 import re
 import warnings
 from argparse import Namespace
@@ -28,6 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+# Megatron's imports make torch look for a CUDA compiler, and say so where one is without a GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 TRACKER = "latest_checkpointed_iteration.txt"
 STEP_FOLDER = "iter_{step:07d}"
 # keys of the model: everything else (optimizer, random state, scheduler, common state) has others

@@ -168,10 +168,15 @@ def test_nan_is_never_within(written, tmp_path):
     assert not compare_models(tmp_path / "hf", tmp_path / "hf", **SHORT).within(1e9)
 
 
+def test_as_long_as_the_models(written):
+    found = compare_models(written / "ckpt", written / "ckpt", sequences=1)
+    assert (found.sequences, found.seq_length, found.max_difference) == (1, 64, 0)
+
+
 def test_refused(written, tmp_path):
     ckpt = written / "ckpt"
     with pytest.raises(ValueError, match=r"seq_length \(256\) must be at most 64.*--seq-length 64"):
-        compare_models(ckpt, ckpt)
+        compare_models(ckpt, ckpt, seq_length=256)
     with pytest.raises(
         ValueError, match=r"B .* must be a Megatron checkpoint .* or a Hugging Face"
     ):
