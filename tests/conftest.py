@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -57,6 +59,15 @@ class Run:
         return list(self.scalars("grad-norm").values())
 
 
+def _free_port() -> int:
+    """A port below those that Linux gives to whoever asks for any, as all ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 class Zygote:
     """Starts ranks without paying for their imports; see zygote.py."""
 
@@ -79,9 +90,7 @@ class Zygote:
         self.jobs += 1
         log = self.folder / f"job{self.jobs}"
         while True:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            port = _free_port()
             request = {"ranks": ranks, "log": str(log), "port": port, **job}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()

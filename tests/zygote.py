@@ -8,9 +8,12 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import multiprocessing.util
 import os
+import signal
 import sys
+import time
 import traceback
 
 # The slow imports, once.
@@ -22,6 +25,7 @@ from megatron.training.global_vars import get_tensorboard_writer
 import pretrain_satformer
 from megatron_satformer import arguments
 
+GRACE = 30
 # Megatron reads its own source for the help texts at every parse.
 inspect.getsource = functools.cache(inspect.getsource)
 sys.argv[1:] = []
@@ -32,11 +36,28 @@ def _serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         children = [_fork(rank, job) for rank in range(job["ranks"])]
-        codes = dict.fromkeys(children)
-        while None in codes.values():
-            pid, status = os.wait()
-            codes[pid] = os.waitstatus_to_exitcode(status)
+        codes = _wait(children)
         print(json.dumps([codes[pid] for pid in children]), flush=True)
+
+
+def _wait(children: list[int]) -> dict[int, int | None]:
+    """Exit codes by process; once a rank has failed, the others have GRACE seconds to end too."""
+    codes: dict[int, int | None] = dict.fromkeys(children)
+    deadline = None
+    while None in codes.values():
+        pid, status = os.waitpid(-1, os.WNOHANG if deadline else 0)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] and deadline is None:
+                deadline = time.monotonic() + GRACE
+        elif time.monotonic() > deadline:
+            # they would wait ten minutes for it
+            for child in (child for child, code in codes.items() if code is None):
+                os.kill(child, signal.SIGKILL)
+            deadline = math.inf
+        else:
+            time.sleep(0.02)
+    return codes
 
 
 def _fork(rank: int, job: dict) -> int:
