@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_satformer.checkpoint.hf_folder import open_hf_folder
 from megatron_satformer.checkpoint.reader import TRACKER
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -92,6 +93,7 @@ def load_hugging_face_model(folder: Path, dtype: torch.dtype | str) -> Any:
                 output_loading_info=True,
             )
     except (OSError, SafetensorError, KeyError, ImportError) as error:
+        open_hf_folder(folder)  # names the file that is missing or cut short, if one is
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
     wrong = [

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import (
     SavePlanner,
     save,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -87,6 +88,10 @@ def write_release(
         args: Options, under the names of Megatron's argument parser.
         extra_states: Keys of the objects that Megatron's linear layers save beside their weights,
             with their place ("key/shard_0_1"); empty in all precisions but fp8.
+
+    Raises:
+        ValueError: What `build` of a piece raises.
+        OSError: If the disk is full, say.
     """
     common = {
         "args": args,
@@ -100,12 +105,16 @@ def write_release(
     with warnings.catch_warnings():
         # torch says that it saves on a single process, which is the intent
         warnings.simplefilter("ignore")
-        save(
-            objects,
-            storage_writer=_ManyFilesWriter(folder / RELEASE),
-            planner=_LazyPlanner(pieces),
-            no_dist=True,
-        )
+        try:
+            save(
+                objects,
+                storage_writer=_ManyFilesWriter(folder / RELEASE),
+                planner=_LazyPlanner(pieces),
+                no_dist=True,
+            )
+        except CheckpointException as error:
+            # what making or writing a tensor has raised, such as a full disk
+            raise next(iter(error.failures.values()))[0] from error
     (folder / RELEASE / "metadata.json").write_text(json.dumps(BACKEND))
     (folder / TRACKER).write_text(RELEASE)
 

@@ -325,6 +325,34 @@ def test_broken_folders_are_named(qwen, tmp_path):
     read_tensors(tmp_path / "megatron")  # the earlier import is still there
 
 
+def test_torchs_own_shards(qwen, tmp_path):
+    folder = write_shards(qwen[0], tmp_path / "hf")
+    for file in sorted(folder.glob("*.safetensors")):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    index.with_name("pytorch_model.bin.index.json").write_text(
+        index.read_text().replace(".safetensors", ".bin")
+    )
+    index.unlink()
+    import_from_hf(folder, tmp_path / "shards")
+    import_from_hf(qwen[0], tmp_path / "whole")
+    shards, whole = read_tensors(tmp_path / "shards"), read_tensors(tmp_path / "whole")
+    assert shards.keys() == whole.keys()
+    assert all(torch.equal(shards[name], whole[name]) for name in whole)
+
+
+def test_a_weight_too_large_for_fp16(qwen, tmp_path):
+    folder = shutil.copytree(qwen[0], tmp_path / "hf")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].float()
+    state["model.norm.weight"][3] = 7e4
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"dtype \(fp16\) must hold model.norm.weight"):
+        import_from_hf(folder, tmp_path / "megatron", dtype="fp16")
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+
+
 def test_memory_is_that_of_one_file(tmp_path, monkeypatch):
     """Neither the source's tensors nor the target's are ever in memory together."""
     monkeypatch.setattr(writer, "FILE_SIZE", 1)
