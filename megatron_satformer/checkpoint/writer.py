@@ -113,10 +113,23 @@ def write_release(
                 no_dist=True,
             )
         except CheckpointException as error:
-            # what making or writing a tensor has raised, such as a full disk
-            raise next(iter(error.failures.values()))[0] from error
+            raise _find_cause(error, folder) from error
     (folder / RELEASE / "metadata.json").write_text(json.dumps(BACKEND))
     (folder / TRACKER).write_text(RELEASE)
+
+
+def _find_cause(error: CheckpointException, folder: Path) -> BaseException:
+    """What making or writing a tensor has raised first; torch covers a full disk with its own."""
+    cause: BaseException = next(iter(error.failures.values()))[0]
+    found: BaseException | None = cause
+    while found is not None:
+        if isinstance(found, ValueError | OSError):
+            return found
+        found = found.__context__
+    if isinstance(cause, RuntimeError):
+        reason = str(cause).strip().splitlines()[0]
+        return OSError(f"{folder} cannot be written ({reason}). Look whether the disk is full.")
+    return cause
 
 
 class _ManyFilesWriter(FileSystemWriter):

@@ -3,7 +3,10 @@
 import gc
 import json
 import re
+import resource
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -351,6 +354,21 @@ def test_a_weight_too_large_for_fp16(qwen, tmp_path):
     with pytest.raises(ValueError, match=r"dtype \(fp16\) must hold model.norm.weight"):
         import_from_hf(folder, tmp_path / "megatron", dtype="fp16")
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_is_one_line(qwen, tmp_path):
+    """A limit on the size of a file stands for it."""
+    tool = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
+    run = subprocess.run(
+        [sys.executable, tool, "from-hf", "--load", qwen[0], "--save", tmp_path / "megatron"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert re.fullmatch(r"error: .*(File too large|disk is full).*", run.stderr.strip())
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_that_of_one_file(tmp_path, monkeypatch):
