@@ -58,7 +58,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.checkpoint.resume import check_resume, starts_from_transformer
+from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
 from megatron_satformer.config import SATFormerConfig
 from megatron_satformer.data.training.index_cache import (
     find_index_sets,

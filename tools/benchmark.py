@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.cli import run_tool
+from megatron_satformer.cli import run_tool
 
 # written out: importing them costs Megatron's imports, also in each process that --hf starts
 ARCHITECTURES = ("transformer", "resformer", "satformer")
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: dict[str, Any], hf: bool) -> tuple[dict[str, Any], str]:
     """Measure; figures and their table."""
     if hf:
-        from megatron_satformer.benchmark_hf import (
+        from megatron_satformer.benchmark.hugging_face import (
             HFBenchmarkOptions,
             format_hf_table,
             run_hf_benchmark,
@@ -74,7 +74,7 @@ def _run(args: dict[str, Any], hf: bool) -> tuple[dict[str, Any], str]:
         _refuse_others(args, HFBenchmarkOptions, "with --hf")
         figures = run_hf_benchmark(HFBenchmarkOptions(**args))
         return figures, format_hf_table(figures)
-    from megatron_satformer.benchmark import BenchmarkOptions, format_table, run_benchmark
+    from megatron_satformer.benchmark.training import BenchmarkOptions, format_table, run_benchmark
 
     _refuse_others(args, BenchmarkOptions, "without --hf")
     figures = run_benchmark(BenchmarkOptions(**args))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.benchmark import (
+from megatron_satformer.benchmark.preprocessing import (
     Timing,
     check_same_output,
     preprocess_commands,
@@ -18,7 +18,7 @@ from megatron_satformer.data.benchmark import (
     time_files,
     time_libraries,
 )
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 
 DTYPES = ("bf16", "fp16", "fp32")
 OURS, THEIRS = "Hugging Face folder", "folder in the layout of the paper's own repository"
@@ -139,29 +139,29 @@ def main() -> int:
     as_json = args.pop("json", False)
     # each command imports what it needs: --help without torch
     if command == "to-hf":
-        from megatron_satformer.checkpoint.to_hf import export_to_hf
+        from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
 
         print(export_to_hf(**args))
     elif command == "from-hf":
-        from megatron_satformer.checkpoint.from_hf import import_from_hf
+        from megatron_satformer.checkpoint.convert.from_hf import import_from_hf
 
         print(import_from_hf(**args))
     elif command == "from-reference":
-        from megatron_satformer.checkpoint.reference_layout import convert_from_reference
+        from megatron_satformer.checkpoint.convert.paper_layout import convert_from_reference
 
         print(convert_from_reference(**args))
     elif command == "to-reference":
-        from megatron_satformer.checkpoint.reference_layout import convert_to_reference
+        from megatron_satformer.checkpoint.convert.paper_layout import convert_to_reference
 
         print(convert_to_reference(**args))
     elif command == "inspect":
-        from megatron_satformer.checkpoint.inspection import inspect_checkpoint
+        from megatron_satformer.checkpoint.compare.inspection import inspect_checkpoint
 
         report = inspect_checkpoint(**args)
         print(report.to_json() if as_json else report)
         return 1 if report.problems else 0
     else:
-        from megatron_satformer.checkpoint.compare import compare_models
+        from megatron_satformer.checkpoint.compare.logits import compare_models
 
         tolerance = args.pop("tolerance")
         comparison = compare_models(**args)

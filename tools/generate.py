@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -42,7 +42,7 @@ def main() -> None:
     if number < 1:
         raise ValueError(f"num_samples ({number}) must be at least 1.")
     # --help and mistakes of the command line do not wait for torch
-    from megatron_satformer.checkpoint.generate import (
+    from megatron_satformer.analysis.generate import (
         Sampling,
         TextStream,
         encode_prompt,

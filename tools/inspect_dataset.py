@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 from megatron_satformer.data.datasets.report import open_dataset, render_report, report_dataset
 from megatron_satformer.data.datasets.verify import verify_dataset
 from megatron_satformer.data.tokenizers.decoding import (

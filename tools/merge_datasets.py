@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 from megatron_satformer.data.datasets.merge import merge_datasets
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.data.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, run_tool
 from megatron_satformer.data.preprocess.main import preprocess
 from megatron_satformer.data.preprocess.options import BACKENDS, ON_ERROR, PreprocessOptions
 from megatron_satformer.data.tokenizers.hugging_face import hide_torch

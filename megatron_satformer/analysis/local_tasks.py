@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.checkpoint.folder import check_target, written_atomically
 from megatron_satformer.data.reading.chunks import read_documents
 from megatron_satformer.data.reading.inputs import find_inputs
 from megatron_satformer.data.training.blend import parse_split, split_documents
+from megatron_satformer.files.output_folder import check_target, written_atomically
 
 WORD = re.compile(r"\S+")
 PLAIN_WORD = re.compile(r"[^\W\d_]{4,}")

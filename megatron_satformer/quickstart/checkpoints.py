@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.quickstart.folder import remove
 
 # Megatron's names (checkpointing.get_checkpoint_name, get_checkpoint_tracker_filename).

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.quickstart.console import Console, format_seconds
 from megatron_satformer.quickstart.failure import StepError, explain_failure
 from megatron_satformer.quickstart.folder import RunFolder, remove

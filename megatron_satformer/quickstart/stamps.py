@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 
 Digests = dict[str, dict[str, Any]]  # path inside the folder -> size in bytes, sha256
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_satformer.analysis.unigram import unigram_entropy
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.quickstart import training
 from megatron_satformer.quickstart.failure import StepError
 from megatron_satformer.quickstart.folder import MARK

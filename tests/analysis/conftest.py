@@ -3,9 +3,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
-from megatron_satformer.model.reference import ReferenceConfig, ReferenceModel
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
 
 SHAPE = {
     "vocab_size": 400,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_satformer.analysis.samples import generate_samples
-from megatron_satformer.checkpoint.tokenizer import export_tokenizer
+from megatron_satformer.checkpoint.hugging_face.tokenizer import export_tokenizer
 from megatron_satformer.data.tokenizers.training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

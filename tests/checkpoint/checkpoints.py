@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
 
-from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.names import convert_to_megatron, iterate_names
-from megatron_satformer.model.reference import ReferenceConfig, ReferenceModel
+from megatron_satformer.checkpoint.convert.names import convert_to_megatron, iterate_names
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
 
 VOCABULARY, PADDED = 60, 128
 SHAPE = {

@@ -103,10 +103,10 @@ def test_figures_of_lm_eval(tmp_path):
     from transformers import AutoTokenizer
 
     from megatron_satformer.analysis.local_tasks import build_local_tasks
-    from megatron_satformer.checkpoint.hf.configuration_satformer import SATFormerConfig
-    from megatron_satformer.checkpoint.hf.modeling_satformer import SATFormerForCausalLM
-    from megatron_satformer.checkpoint.tokenizer import export_tokenizer
-    from tests.checkpoint.test_tokenizer import write_model
+    from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+    from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+    from megatron_satformer.checkpoint.hugging_face.tokenizer import export_tokenizer
+    from tests.checkpoint.hugging_face.test_tokenizer import write_model
     from tests.texts import source_texts, write_lines
 
     torch.manual_seed(0)

@@ -11,10 +11,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.checkpoint.hf.configuration_satformer import (
+from megatron_satformer.checkpoint.convert.names import convert_to_megatron, iterate_names
+from megatron_satformer.checkpoint.exported.configuration_satformer import (
     SATFormerConfig as ExportedConfig,
 )
-from megatron_satformer.checkpoint.names import convert_to_megatron, iterate_names
 from megatron_satformer.config import SATFormerConfig
 from megatron_satformer.model.builder import (
     SATFormerModelBuilder,
@@ -23,7 +23,7 @@ from megatron_satformer.model.builder import (
 )
 from megatron_satformer.model.layer import ValueResidualLayer
 from megatron_satformer.model.parameters import count_parameters
-from megatron_satformer.model.reference import ReferenceConfig, ReferenceModel
+from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
 
 # Odd sizes: nothing here is a multiple of 16, so every kind of row padding occurs.
 VOCABULARY, SEQUENCE, BATCH = 54, 19, 3

@@ -9,9 +9,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_satformer.arguments import has_transformer_engine
 from megatron_satformer.config import ARCHITECTURES, SATFormerConfig
+from megatron_satformer.model.architectures.resformer import ResFormerAttention
+from megatron_satformer.model.architectures.satformer import SATFormerAttention
 from megatron_satformer.model.norm import build_norm
-from megatron_satformer.model.resformer import ResFormerAttention
-from megatron_satformer.model.satformer import SATFormerAttention
 from megatron_satformer.model.sdpa import ScaledDotProductAttention
 from megatron_satformer.model.specs import build_block_spec
 from megatron_satformer.parallel.stages import StageLayer

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pretrain_satformer
-from megatron_satformer.model.attention import ValueResidualAttention
+from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
 from megatron_satformer.model.layer import ValueResidualLayer
 from megatron_satformer.parallel import carry
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_satformer.checkpoint.reader import open_checkpoint
-from megatron_satformer.checkpoint.to_hf import export_to_hf
+from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
+from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
 from tests.small import DO, PP2, RTOL, SHAPE, SP, TP2
 
 EXPERTS = (

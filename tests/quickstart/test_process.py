@@ -26,7 +26,7 @@ time.sleep(60)
 PARENT = f"""
 import sys
 from pathlib import Path
-from megatron_satformer.data.cli import run_tool
+from megatron_satformer.cli import run_tool
 from megatron_satformer.quickstart.console import Console
 from megatron_satformer.quickstart.folder import RunFolder
 from megatron_satformer.quickstart.runner import Result, Step, run_steps

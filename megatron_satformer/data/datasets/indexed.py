@@ -24,7 +24,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megatron_satformer.data.atomic import AtomicFile
+from megatron_satformer.files.atomic import AtomicFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_satformer.data.atomic import write_atomically
+from megatron_satformer.files.atomic import write_atomically
 
 FORMAT = "megatron-satformer dataset manifest"
 VERSION = 1

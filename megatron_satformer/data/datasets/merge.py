@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_satformer.data.atomic import AtomicFile
 from megatron_satformer.data.datasets.byte_progress import ByteProgress
 from megatron_satformer.data.datasets.checksum import FileHash, file_sha256
 from megatron_satformer.data.datasets.indexed import (
@@ -38,6 +37,7 @@ from megatron_satformer.data.datasets.manifest import (
     record_dataset,
 )
 from megatron_satformer.data.datasets.verify import known_checksums
+from megatron_satformer.files.atomic import AtomicFile
 
 # Bytes copied in one go, between two updates of the progress and the hash.
 STEP = 1 << 24

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from megatron_satformer.data.datasets.indexed import token_dtype
 from megatron_satformer.data.reading.chunks import Chunk, iterate_documents
 from megatron_satformer.data.reading.documents import Rejected, build_line_parser
+from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
 from megatron_satformer.data.tokenizers.fast import FastTokenizer
 from megatron_satformer.data.tokenizers.hugging_face import BackendCopy
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.reference import Tokenizer, build_tokenizer
 
 # The index holds lengths in 32 bits.
 MOST_TOKENS = 2**31 - 1

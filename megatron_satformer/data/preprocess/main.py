@@ -26,7 +26,7 @@ from megatron_satformer.data.preprocess.run_identity import (
 )
 from megatron_satformer.data.preprocess.tokenize_run import TokenizeRun
 from megatron_satformer.data.reading.inputs import STDIN, Source, find_inputs
-from megatron_satformer.data.tokenizers.reference import Tokenizer, build_tokenizer
+from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessSummary:

@@ -14,8 +14,8 @@ from tempfile import NamedTemporaryFile
 
 from megatron_satformer.data.preprocess.encoding import ChunkEncoder, Encoded, EncodingOptions
 from megatron_satformer.data.reading.chunks import Chunk
+from megatron_satformer.data.tokenizers.exact import Tokenizer
 from megatron_satformer.data.tokenizers.hugging_face import hide_torch
-from megatron_satformer.data.tokenizers.reference import Tokenizer
 
 # Chunks per worker that may be read but not yet written: what bounds memory.
 CHUNKS_IN_FLIGHT = 3

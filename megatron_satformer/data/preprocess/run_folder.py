@@ -24,8 +24,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_satformer.data.atomic import write_atomically
 from megatron_satformer.data.preprocess.encoding import KeyTokens
+from megatron_satformer.files.atomic import write_atomically
 
 BLOCK = 1 << 20
 LENGTH = np.dtype("<i4")

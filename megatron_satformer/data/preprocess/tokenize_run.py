@@ -21,9 +21,9 @@ from megatron_satformer.data.preprocess.progress import Progress
 from megatron_satformer.data.preprocess.run_folder import RunFolder, Spool
 from megatron_satformer.data.reading.chunks import Chunk, describe_bad, read_chunks
 from megatron_satformer.data.reading.inputs import STDIN, Source
+from megatron_satformer.data.tokenizers.exact import Tokenizer
 from megatron_satformer.data.tokenizers.fast import FastUnavailable, fast_pipeline
 from megatron_satformer.data.tokenizers.hugging_face import copy_backend
-from megatron_satformer.data.tokenizers.reference import Tokenizer
 
 # What a chunk's record counts, and a run adds up.
 COUNTS = ("documents", "bytes", "file_bytes", "rejected", "verified", "routed")

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy.typing as npt
 
+from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
 from megatron_satformer.data.tokenizers.hugging_face import hide_torch
 from megatron_satformer.data.tokenizers.options import (
     add_tokenizer_arguments,
     take_tokenizer_options,
 )
-from megatron_satformer.data.tokenizers.reference import Tokenizer, build_tokenizer
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:

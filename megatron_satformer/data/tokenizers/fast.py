@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_satformer.data.tokenizers.exact import SentencePieceTokenizer, Tokenizer
 from megatron_satformer.data.tokenizers.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.reference import SentencePieceTokenizer, Tokenizer
 from megatron_satformer.data.tokenizers.sentencepiece_pipeline import (
     SAMPLE_TEXTS,
     SPACE,

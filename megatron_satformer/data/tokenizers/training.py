@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_satformer.data.atomic import AtomicFile
 from megatron_satformer.data.reading.chunks import read_documents
 from megatron_satformer.data.reading.inputs import find_inputs
 from megatron_satformer.data.tokenizers.byte_level_training import (
@@ -21,6 +20,7 @@ from megatron_satformer.data.tokenizers.sentencepiece_training import (
     train_sentencepiece,
 )
 from megatron_satformer.data.tokenizers.text_sample import sample_documents
+from megatron_satformer.files.atomic import AtomicFile
 
 TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 

@@ -28,7 +28,7 @@ from megatron_satformer.data.datasets.manifest import (
 )
 from megatron_satformer.data.datasets.report import open_dataset, report_dataset
 from megatron_satformer.data.datasets.verify import verify_dataset
-from megatron_satformer.data.tokenizers.reference import build_tokenizer
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(40)), [99, 0]]
 

@@ -16,9 +16,9 @@ from megatron_satformer.data.datasets.manifest import read_manifest
 from megatron_satformer.data.preprocess import encoding, tokenize_run
 from megatron_satformer.data.preprocess.main import preprocess
 from megatron_satformer.data.preprocess.options import PreprocessOptions
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.fast import fast_pipeline
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.reference import build_tokenizer
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 

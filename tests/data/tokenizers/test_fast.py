@@ -26,9 +26,9 @@ from tokenizers import (
 )
 
 from megatron_satformer.data.tokenizers.byte_level_training import SPLIT
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.fast import FastTokenizer, FastUnavailable, fast_pipeline
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.reference import build_tokenizer
 from megatron_satformer.data.tokenizers.split_regex import means_the_same
 from tests.texts import source_texts
 
@@ -313,7 +313,7 @@ def test_one_thread(spm: TokenizerOptions) -> None:
     code = (
         "import os\n"
         "from megatron_satformer.data.tokenizers.fast import *\n"
-        "from megatron_satformer.data.tokenizers.reference import *\n"
+        "from megatron_satformer.data.tokenizers.exact import *\n"
         f"options = {spm!r}\n"
         "fast = FastTokenizer(fast_pipeline(options, build_tokenizer(options)))\n"
         "before = os.listdir('/proc/self/task')\n"

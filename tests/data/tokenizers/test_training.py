@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.reference import build_tokenizer
 from megatron_satformer.data.tokenizers.text_sample import sample_documents
 from megatron_satformer.data.tokenizers.training import train_tokenizer
 from tests.texts import write_lines
@@ -123,7 +123,7 @@ def test_byte_level_text_round_trips(hf_folder: Path, texts: list[str]) -> None:
 def test_byte_level_is_megatrons_and_has_a_fast_equal(hf_folder: Path, texts: list[str]) -> None:
     pytest.importorskip("fastokens")
     from megatron_satformer.data.tokenizers.fast import fast_pipeline
-    from tests.data.tokenizers.test_reference import assert_equal
+    from tests.data.tokenizers.test_exact import assert_equal
 
     options = TokenizerOptions("HuggingFaceTokenizer", str(hf_folder))
     assert_equal(options, texts)

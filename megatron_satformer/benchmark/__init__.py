@@ -1,0 +1,1 @@
+"""What is timed, and how. Must not be imported by anything but tools."""

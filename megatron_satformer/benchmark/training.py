@@ -1,0 +1,209 @@
+"""Training steps of two architectures at one shape, side by side on one device.
+
+One process steps A, B, A, B, ... so that both meet the same machine; the ratio is B / A. Peak
+memory is taken per architecture: on a GPU from the allocator, on the CPU as the peak resident set
+of a process of its own, above what it held before the model was built.
+"""
+
+import os
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_satformer.backend.device import choose_device
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process
+from megatron_satformer.config import SATFormerConfig
+
+MEMORY_STEPS = 3
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured; sizes as Megatron's flags of the same names."""
+
+    architectures: tuple[str, str] = ("transformer", "satformer")
+    hidden_size: int = 256
+    num_layers: int = 8
+    num_attention_heads: int = 4
+    num_query_groups: int = 4
+    ffn_hidden_size: int = 1024
+    seq_length: int = 512
+    micro_batch_size: int = 4
+    vocab_size: int = 4096
+    rounds: int = 10
+    steps: int = 3
+    bf16: bool = False
+    device: str = "auto"
+
+
+class _Trainer:
+    """One model, its optimizer and a batch."""
+
+    def __init__(self, options: BenchmarkOptions, architecture: str) -> None:
+        torch.manual_seed(0)
+        self.model = _build_model(options, architecture)
+        fused = self.model_device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        size = (options.micro_batch_size, options.seq_length + 1)
+        ids = torch.randint(options.vocab_size, size).to(self.model_device)
+        self.tokens, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        positions = torch.arange(options.seq_length, device=self.model_device)
+        self.positions = positions.expand(options.micro_batch_size, -1)
+
+    @property
+    def model_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def step(self) -> float:
+        """One forward, backward and update; seconds."""
+        self.synchronize()
+        start = time.perf_counter()
+        loss = self.model(self.tokens, self.positions, None, labels=self.labels).float().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self) -> None:
+        if self.model_device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
+    """Measure both architectures.
+
+    Returns:
+        Options, device, and per architecture the median, minimum and maximum step time (ms) and
+        the peak memory (MiB); "step_time_ratio" and "peak_memory_ratio" are second / first.
+    """
+    memory = [_peak_memory(options, architecture) for architecture in options.architectures]
+    cuda = _start(options)
+    trainers = [_Trainer(options, architecture) for architecture in options.architectures]
+    times: list[list[float]] = [[], []]
+    for trainer in trainers:
+        trainer.step()  # the first step allocates
+    for _ in range(options.rounds):
+        for trainer, taken in zip(trainers, times, strict=True):
+            taken += [trainer.step() for _ in range(options.steps)]
+    torch.distributed.destroy_process_group()
+    medians = [statistics.median(taken) for taken in times]
+    rows = [
+        {
+            "architecture": architecture,
+            "median_ms": median * 1e3,
+            "min_ms": min(taken) * 1e3,
+            "max_ms": max(taken) * 1e3,
+            "peak_mib": peak / 2**20,
+        }
+        for architecture, median, taken, peak in zip(
+            options.architectures, medians, times, memory, strict=True
+        )
+    ]
+    return {
+        "options": vars(options),
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"cpu, {torch.get_num_threads()} threads",
+        "measured": rows,
+        "step_time_ratio": medians[1] / medians[0],
+        "peak_memory_ratio": memory[1] / memory[0],
+    }
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """The figures of `run_benchmark` as a table."""
+    lines = [f"device: {figures['device']}"]
+    lines.append(f"{'':<14}{'median ms':>11}{'min':>9}{'max':>9}{'peak MiB':>11}")
+    lines += [
+        f"{row['architecture']:<14}{row['median_ms']:>11.1f}{row['min_ms']:>9.1f}"
+        f"{row['max_ms']:>9.1f}{row['peak_mib']:>11.1f}"
+        for row in figures["measured"]
+    ]
+    ratio, memory = figures["step_time_ratio"], figures["peak_memory_ratio"]
+    lines.append(f"{'ratio':<14}{ratio:>11.3f}{'':>18}{memory:>11.3f}")
+    return "\n".join(lines)
+
+
+def _peak_memory(options: BenchmarkOptions, architecture: str) -> float:
+    """Bytes one training process needs at its peak, beyond the imported libraries."""
+    return measure_in_own_process(_report_peak, options, architecture, name=architecture)
+
+
+def _report_peak(sender: Any, options: BenchmarkOptions, architecture: str) -> None:
+    cuda = _start(replace(options, architectures=(architecture, architecture)))
+    _Trainer(options, architecture)  # whatever the first model imports is not the model's
+    before = psutil.Process().memory_info().rss
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer = _Trainer(options, architecture)
+    for _ in range(MEMORY_STEPS):
+        trainer.step()
+    if cuda:
+        sender.send(torch.cuda.max_memory_allocated())
+    else:
+        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    torch.distributed.destroy_process_group()
+
+
+def _start(options: BenchmarkOptions) -> bool:
+    from megatron.core import parallel_state, tensor_parallel
+
+    cuda = choose_device(options.device)
+    handle, path = tempfile.mkstemp()
+    os.close(handle)
+    store = torch.distributed.FileStore(path, 1)
+    backend = "nccl" if cuda else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return cuda
+
+
+def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Module:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_satformer.arguments import has_transformer_engine
+    from megatron_satformer.model.builder import (
+        SATFormerModelBuilder,
+        SATFormerModelConfig,
+        layer_spec_builder,
+    )
+    from megatron_satformer.model.layer import ValueResidualLayer
+
+    engine = torch.cuda.device_count() > 0 and has_transformer_engine()
+    config = SATFormerConfig(
+        architecture=architecture,
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.num_attention_heads,
+        num_query_groups=options.num_query_groups,
+        ffn_hidden_size=options.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-6,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        transformer_impl="transformer_engine" if engine else "local",
+        params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        bf16=options.bf16,
+    )
+    model_config = SATFormerModelConfig(
+        transformer=config,
+        transformer_layer_spec=layer_spec_builder(ValueResidualLayer),
+        vocab_size=options.vocab_size,
+        seq_length=options.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return SATFormerModelBuilder(model_config).build_model(groups, True, True).cuda()

@@ -1,0 +1,1 @@
+"""Looks at models: what is in a folder, and whether two compute the same."""

@@ -1,0 +1,373 @@
+"""Says what a checkpoint or a Hugging Face folder holds, from lists and headers alone.
+
+No weights are read: it takes a moment for a model of any size. What is missing or cut short is
+named beside the rest.
+"""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import TensorStorageMetadata
+
+from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
+from megatron_satformer.checkpoint.megatron.reader import (
+    MODEL_KEY,
+    MegatronCheckpoint,
+    open_checkpoint,
+)
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"} | {
+    f"torch.{name}": short
+    for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"))
+}
+# Group -> the args that say most, in this order; those that are absent or not given are left out.
+ARGS = {
+    "model": "architecture value_gate value_gate_bias value_residual_last_k num_layers hidden_size "
+    "ffn_hidden_size num_attention_heads num_query_groups kv_channels num_experts "
+    "max_position_embeddings rotary_base padded_vocab_size untie_embeddings_and_output_weights",
+    "layout": "tensor_model_parallel_size pipeline_model_parallel_size "
+    "virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+    "data_parallel_size sequence_parallel use_distributed_optimizer",
+    "training": "bf16 fp16 optimizer lr min_lr weight_decay global_batch_size seq_length "
+    "train_iters consumed_train_samples",
+    "data": "data_path split tokenizer_type tokenizer_model",
+}
+CONFIG = (
+    "architectures model_type architecture value_gate value_gate_bias value_residual_last_k "
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rope_parameters vocab_size tie_word_embeddings dtype"
+)
+GATES = ("value_gate", "value_lambda2", "value_residual", "alpha_proj")
+EMBEDDINGS = ("embedding.", "output_layer.", "embed_tokens", "lm_head")
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the model: its shape and dtype ("fp32", "bf16", ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds.
+
+    Attributes:
+        folder: What was looked at: of a Megatron checkpoint, one step's folder.
+        kind: "Megatron" or "Hugging Face".
+        step: Training iterations done; None for Hugging Face.
+        steps: All the steps that lie beside it.
+        tokens: Read in training so far; None where it is not known.
+        options: Group -> option -> value, those that say most.
+        all_options: Every option.
+        tensors: Key -> shape and dtype, of the model alone.
+        bytes: On disk, by purpose.
+        problems: Files that are missing or cut short.
+    """
+
+    folder: str
+    kind: str
+    step: int | None
+    steps: list[int]
+    tokens: int | None
+    options: Mapping[str, Mapping[str, Any]]
+    all_options: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    bytes: Mapping[str, int]
+    problems: list[str]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers stored: all, in embedding and output layer, in gates or lambdas."""
+        return {
+            "total": self._count(("",)),
+            "embedding": self._count(EMBEDDINGS),
+            "gates": self._count(GATES),
+        }
+
+    def _count(self, parts: tuple[str, ...]) -> int:
+        chosen = (t for key, t in self.tensors.items() if any(part in key for part in parts))
+        return sum(prod(tensor.shape) for tensor in chosen)
+
+    def to_json(self) -> str:
+        """All of it, every option and tensor included."""
+        return json.dumps(asdict(self) | {"parameters": self.parameters}, indent=2, default=str)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.kind}"]
+        if self.step is not None:
+            tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
+            others = [str(step) for step in self.steps if step != self.step]
+            beside = f" (also there: {_shortened(others)})" if others else ""
+            lines[0] += f", step {self.step:,}{tokens}{beside}"
+        for group, options in self.options.items():
+            shown = [f"{key} {_plain(value)}" for key, value in options.items()]
+            lines += _wrapped(group, shown)
+        numbers = self.parameters
+        lines += _wrapped(
+            "parameters",
+            [f"{numbers['total']:,} in all" + " with padding" * (self.kind == "Megatron")]
+            + [f"{numbers[name]:,} in {name}" for name in ("embedding", "gates")],
+        )
+        lines += _wrapped("on disk", [f"{k} {_size(v)}" for k, v in self.bytes.items()])
+        lines += ["", f"{len(self.tensors)} tensors of the model:"]
+        lines += [f"  {line}" for line in _folded(self.tensors)]
+        lines += [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(checkpoint: Path, step: int | None = None) -> Inspection:
+    """Looks at a folder.
+
+    Args:
+        checkpoint: Megatron checkpoint, one step of it, or Hugging Face folder.
+        step: Iterations; None for the last one saved.
+
+    Raises:
+        ValueError: If it is neither, or the lists themselves cannot be read.
+    """
+    if not is_hugging_face(checkpoint, "CKPT"):
+        return _inspect_megatron(checkpoint, step)
+    if step is not None:
+        raise ValueError(
+            f"step ({step}) must not be given with a Hugging Face folder ({checkpoint})."
+        )
+    return _inspect_hugging_face(checkpoint)
+
+
+def _inspect_megatron(load: Path, step: int | None) -> Inspection:
+    checkpoint = open_checkpoint(load, step)
+    args, folder = checkpoint.args, checkpoint.folder
+    samples, length = (getattr(args, n, None) for n in ("consumed_train_samples", "seq_length"))
+    beside = folder.parent.glob("iter_*")
+    return Inspection(
+        folder=str(folder),
+        kind="Megatron",
+        step=checkpoint.step,
+        steps=sorted(int(f.name[5:]) for f in beside if f.name[5:].isdigit()),
+        tokens=samples * length if samples is not None and length else None,
+        options=_chosen_args(args),
+        all_options=dict(sorted(vars(args).items())),
+        tensors={
+            key: StoredTensor(tuple(stored.size), _dtype(str(stored.properties.dtype)))
+            for key, stored in checkpoint.tensors.items()
+        },
+        bytes=_megatron_bytes(checkpoint),
+        problems=_megatron_problems(checkpoint),
+    )
+
+
+def _chosen_args(args: Namespace) -> dict[str, dict[str, Any]]:
+    given = vars(args)
+    groups = {
+        group: {name: given[name] for name in names.split() if given.get(name) not in (None, False)}
+        for group, names in ARGS.items()
+    }
+    model = groups["model"]
+    if model.get("architecture") != "satformer":
+        model.pop("value_gate", None)
+    if not given.get("group_query_attention"):
+        model.pop("num_query_groups", None)
+    return groups
+
+
+def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
+    sizes = {"model": 0, "optimizer": 0}
+    for where, info in checkpoint.metadata.storage_data.items():
+        if "optimizer" in where.fqn:
+            sizes["optimizer"] += info.length
+        elif MODEL_KEY.match(where.fqn) and where.fqn in checkpoint.tensors:
+            sizes["model"] += info.length
+    total = sum(file.stat().st_size for file in checkpoint.folder.rglob("*") if file.is_file())
+    return sizes | {"other": max(0, total - sum(sizes.values())), "total": total}
+
+
+def _megatron_problems(checkpoint: MegatronCheckpoint) -> list[str]:
+    """Looks at every file, those of the optimizer too."""
+    ends: dict[str, int] = {}
+    keys: dict[str, str] = {}
+    for where, info in checkpoint.metadata.storage_data.items():
+        if info.offset + info.length > ends.get(info.relative_path, -1):
+            ends[info.relative_path] = info.offset + info.length
+            keys[info.relative_path] = where.fqn
+    problems = []
+    for name, end in sorted(ends.items()):
+        file = checkpoint.folder / name
+        if not file.is_file():
+            problems.append(f"{file} is missing: it holds part of {keys[name]}")
+        elif file.stat().st_size < end:
+            problems.append(f"{file} is cut short: {file.stat().st_size} bytes of at least {end}")
+    known = checkpoint.metadata.state_dict_metadata
+    lost = [
+        key
+        for key, stored in known.items()
+        if isinstance(stored, TensorStorageMetadata) and not stored.chunks
+    ]
+    return problems + [f"{key} has no pieces" for key in lost]
+
+
+def _inspect_hugging_face(folder: Path) -> Inspection:
+    config = _read_json(folder / "config.json")
+    problems: list[str] = []
+    index = _read_index(folder)
+    files = _weight_files(folder, index, problems)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            tensors |= _read_header(file)
+        except ValueError as problem:
+            problems.append(str(problem))
+    lost = [key for key in index if key not in tensors]
+    if lost and not problems:
+        problems.append(f"{INDEX} names tensors that no file holds: {', '.join(lost[:8])}")
+    model = {name: config[name] for name in CONFIG.split() if config.get(name) is not None}
+    if "dtype" not in model and "torch_dtype" in config:
+        model["dtype"] = config["torch_dtype"]
+    weights = sum(file.stat().st_size for file in files)
+    total = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return Inspection(
+        folder=str(folder),
+        kind="Hugging Face",
+        step=None,
+        steps=[],
+        tokens=None,
+        options={
+            "model": model,
+            "files": {
+                "weights": len(files),
+                "tokenizer": "yes" if has_tokenizer(folder) else "none",
+                "code": "its own" if config.get("auto_map") else "transformers'",
+            },
+        },
+        all_options=config,
+        tensors=dict(sorted(tensors.items(), key=lambda item: _natural(item[0]))),
+        bytes={"model": weights, "other": total - weights, "total": total},
+        problems=problems,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object.")
+    return content
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file, of a folder of shards."""
+    if not (folder / INDEX).is_file():
+        return {}
+    names = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{folder / INDEX} must hold a weight_map from tensor to file.")
+    return names
+
+
+def _weight_files(folder: Path, index: dict[str, str], problems: list[str]) -> list[Path]:
+    if index:
+        names = sorted(set(index.values()))
+        problems += [f"{folder / n} is missing" for n in names if not (folder / n).is_file()]
+        return [folder / name for name in names if (folder / name).is_file()]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = [file.name for file in folder.glob("*.bin")]
+        problems.append(
+            f"{folder} has no safetensors"
+            + (f"; keys of {', '.join(other)} are not read" if other else "")
+        )
+    return files
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header.
+
+    Raises:
+        ValueError: If it is cut short, or no such file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if length <= size else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{file} is cut short or no safetensors file ({size} bytes)") from None
+    if size != needed:
+        raise ValueError(f"{file} is cut short or damaged: {size} bytes, not {needed}")
+    return {k: StoredTensor(tuple(t["shape"]), _dtype(t["dtype"])) for k, t in header.items()}
+
+
+def _folded(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """One line for all keys that differ in numbers alone and are alike."""
+    groups: dict[tuple[str, StoredTensor], list[int]] = {}
+    for key, tensor in tensors.items():
+        number = LAYER.search(key)
+        groups.setdefault((LAYER.sub("*", key), tensor), []).append(int(number[0]) if number else 0)
+    rows = []
+    for (pattern, tensor), numbers in groups.items():
+        name = pattern.replace("*", _ranges(numbers), 1)
+        count = f" x {len(numbers)}" if len(numbers) > 1 else ""
+        rows.append((name, f"{list(tensor.shape)} {tensor.dtype}{count}"))
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:<{width}}  {what}" for name, what in rows]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _wrapped(group: str, parts: list[str]) -> list[str]:
+    lines, line = [], f"{group:<12}"
+    for number, part in enumerate(parts):
+        part = part + ("," if number < len(parts) - 1 else "")
+        if len(line) + 1 + len(part) > WIDTH and line.strip() != group:
+            lines.append(line)
+            line = " " * 12
+        line += f" {part}"
+    return [*lines, line]
+
+
+def _plain(value: Any) -> str:
+    if value is True:
+        return "yes"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and value >= 10**6 else str(value)
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", key)]
+
+
+def _dtype(name: str) -> str:
+    return DTYPES.get(name, name.removeprefix("torch."))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

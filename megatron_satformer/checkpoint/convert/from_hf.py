@@ -1,0 +1,235 @@
+"""Turns a Hugging Face folder into a Megatron checkpoint that a training run starts from.
+
+Takes what to-hf writes, and dense Llama and Qwen3 models. One CPU process, no process group; one
+tensor at a time in memory.
+"""
+
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_satformer.checkpoint.convert.names import Name, convert_to_megatron, iterate_names
+from megatron_satformer.checkpoint.convert.options import DTYPES
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.accepted import (
+    check_tensors,
+    model_shapes,
+    read_model,
+)
+from megatron_satformer.checkpoint.hugging_face.folder import HFFolder, open_hf_folder
+from megatron_satformer.checkpoint.megatron.args import (
+    build_args,
+    pad_vocab_size,
+    tokenizer_flags,
+    training_flags,
+)
+from megatron_satformer.checkpoint.megatron.reader import TRACKER
+from megatron_satformer.checkpoint.megatron.release import RELEASE, Piece, write_release
+from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+
+EXTRA_STATES = (
+    *("self_attention.linear_qkv", "self_attention.linear_proj"),
+    *("mlp.linear_fc1", "mlp.linear_fc2"),
+    # asked for by Transformer Engine's modules alone
+    *("self_attention.core_attention", "self_attention.q_layernorm", "self_attention.k_layernorm"),
+)
+WIDTH = 92
+
+
+@dataclass(frozen=True)
+class Import:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        architecture: Of the model that was written.
+        source: model_type of the folder read.
+        parameters: Number of them, without padding; tied ones once.
+        dtype: "bf16", "fp16" or "fp32".
+        bytes: Of the tensors written.
+        seconds: Spent.
+        flags: Of pretrain_satformer.py, for this model.
+        tokenizer: Its flags; empty if the folder has none.
+        notes: What is worth knowing before training.
+    """
+
+    folder: Path
+    architecture: str
+    source: str
+    parameters: int
+    dtype: str
+    bytes: int
+    seconds: float
+    flags: tuple[str, ...]
+    tokenizer: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        made = (
+            f"{self.folder}: {self.architecture} (model_type {self.source}), "
+            f"{self.parameters:,} parameters in {self.dtype}, {self.bytes / 1e6:.1f} MB, "
+            f"{self.seconds:.1f} s"
+        )
+        start = f"--pretrained-checkpoint {shlex.quote(str(self.folder))}"
+        flags = _wrap([start, *self.flags, *self.tokenizer])
+        missing = [] if self.tokenizer else ["The folder has no tokenizer: add your own's flags."]
+        return "\n".join(
+            [
+                made,
+                *self.notes,
+                "pretrain_satformer.py starts from it with these flags and your own:",
+                flags,
+            ]
+            + missing
+        )
+
+
+def import_from_hf(
+    load: Path,
+    save: Path,
+    overwrite: bool = False,
+    architecture: str | None = None,
+    value_gate: str | None = None,
+    dtype: str | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    accept_qk_norm_eps: bool = False,
+) -> Import:
+    """Writes the checkpoint, whole or not at all.
+
+    Args:
+        load: Folder with config.json and weights.
+        save: Folder to make, for --pretrained-checkpoint or --load.
+        overwrite: Whether an earlier import at `save` may be replaced.
+        architecture: "satformer" gives a plain Transformer gates of zero; None keeps what it is.
+        value_gate: Of those gates: "tanh" (None means that) or "identity".
+        dtype: One of DTYPES; None for the folder's.
+        make_vocab_size_divisible_by: Of the embedding's rows, on each tensor-parallel rank.
+        tensor_model_parallel_size: For that padding alone: the checkpoint fits any layout.
+        accept_qk_norm_eps: Whether QK-norm may get the other norms' epsilon, all that Megatron has.
+
+    Raises:
+        ValueError: If anything given, or in the folder, does not allow an exact import.
+    """
+    start = time.perf_counter()
+    _check_save(save, overwrite)
+    folder = open_hf_folder(load)
+    model = read_model(folder, architecture, value_gate, accept_qk_norm_eps)
+    config = model.config
+    folder = check_tensors(folder, config, model.adds_gates)
+    kind = _find_dtype(folder, dtype)
+    padded = pad_vocab_size(
+        config.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
+    )
+    pieces = list(_plan(folder, config, DTYPES[kind], padded))
+    size = sum(piece.bytes for piece in pieces)
+    has_tokenizer = any((load / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json"))
+    args = build_args(config, DTYPES[kind], padded, load if has_tokenizer else None)
+    with written_atomically(save) as partial_folder:
+        _check_save(save, overwrite)  # now that no other process can make it
+        check_space(partial_folder, size)
+        write_release(partial_folder, pieces, args, list(_extra_states(config)))
+    return Import(
+        folder=save,
+        architecture=config.architecture,
+        source=str(folder.config["model_type"]),
+        parameters=sum(map(math.prod, model_shapes(config).values())),
+        dtype=kind,
+        bytes=size,
+        seconds=time.perf_counter() - start,
+        flags=tuple(training_flags(args)),
+        tokenizer=tuple(tokenizer_flags(args)),
+        notes=model.notes,
+    )
+
+
+def _check_save(save: Path, overwrite: bool) -> None:
+    """--overwrite replaces an import, and not the run that has gone on from it in its folder."""
+    check_target(save, TRACKER, overwrite)
+    others = sorted(f.name for f in save.iterdir()) if save.is_dir() else []
+    others = [name for name in others if name not in (RELEASE, TRACKER)]
+    if others:
+        raise ValueError(
+            f"save ({save}) holds more than an earlier import ({', '.join(others[:4])}), so it is "
+            "not overwritten. Choose another."
+        )
+
+
+def _find_dtype(folder: HFFolder, given: str | None) -> str:
+    if given is not None:
+        if given not in DTYPES:
+            raise ValueError(f"dtype ({given}) must be one of {', '.join(DTYPES)}.")
+        return given
+    named = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "")
+    stored = str(folder.tensors["model.embed_tokens.weight"].dtype)
+    wanted = named.removeprefix("torch.") or stored.removeprefix("torch.")
+    for kind, dtype in DTYPES.items():
+        if str(dtype) == f"torch.{wanted}":
+            return kind
+    raise ValueError(f"dtype ({wanted}) of {folder.path} must be given: pass --dtype bf16 or fp32.")
+
+
+def _plan(
+    folder: HFFolder, config: SATFormerConfig, dtype: torch.dtype, padded: int
+) -> Iterator[Piece]:
+    # the lambdas stay float32, as in an export: bf16 is too coarse for them
+    alike = config.architecture == "transformer"
+    for name in iterate_names(config):
+        kind = torch.float32 if "lambda" in name.megatron else dtype
+        stacked = alike and name.layer is not None
+        yield Piece(
+            key=name.stacked if stacked else name.megatron,
+            shape=_find_shape(name, folder, config, padded),
+            dtype=kind,
+            build=partial(_build, name, folder, config, kind, padded),
+            index=name.layer if stacked else None,
+            count=config.num_hidden_layers,
+        )
+
+
+def _find_shape(
+    name: Name, folder: HFFolder, config: SATFormerConfig, padded: int
+) -> tuple[int, ...]:
+    if name.hf[0] not in folder.tensors:
+        return (config.num_key_value_heads, config.hidden_size)  # gates of zero
+    shapes = [folder.tensors[part].shape for part in name.hf]
+    rows = padded if name.packing == "vocabulary" else sum(shape[0] for shape in shapes)
+    return (rows, *shapes[0][1:])
+
+
+def _build(
+    name: Name, folder: HFFolder, config: SATFormerConfig, dtype: torch.dtype, padded: int
+) -> Tensor:
+    if name.hf[0] not in folder.tensors:
+        return torch.zeros(_find_shape(name, folder, config, padded), dtype=dtype)
+    parts = {part: folder.read(part, dtype) for part in name.hf}
+    return convert_to_megatron(name, parts, config, padded)
+
+
+def _extra_states(config: SATFormerConfig) -> Iterator[str]:
+    """Keys with their place, of every layer; stacked layers have one key and many places."""
+    layers = config.num_hidden_layers
+    for n in range(layers):
+        for module in EXTRA_STATES:
+            if config.architecture == "transformer":
+                yield f"decoder.layers.{module}._extra_state/shard_{n}_{layers}"
+            else:
+                yield f"decoder.layers.{n}.{module}._extra_state/shard_0_1"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+
+
+def _wrap(words: list[str]) -> str:
+    """A command over several lines, as a shell reads it."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(f"    {line}" for line in lines)

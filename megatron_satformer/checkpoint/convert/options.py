@@ -1,0 +1,97 @@
+"""What a checkpoint's arguments mean for the exported model, and what cannot be exported.
+
+Fields are those of Megatron's argument parser (0.19.2) and the five of this project.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# option -> the one value that the exported model computes, where any other means another model
+REQUIRED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "rotary_scaling_factor": 1.0,
+    "use_rope_scaling": False,
+    "no_rope_freq": None,
+    "rope_type": (None, "rope"),
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "use_mup": False,
+    "experimental_attention_variant": None,
+    "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
+    "is_hybrid_model": False,
+}
+
+
+def check_exportable(args: Namespace) -> None:
+    """Refuses what the exported model does not compute.
+
+    Raises:
+        ValueError: Names the first option, its value, and what it would have to be.
+    """
+    for option, required in REQUIRED.items():
+        allowed = required if isinstance(required, tuple) else (required,)
+        value = getattr(args, option, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{option} ({value}) must be {allowed[0]} for an export to Hugging Face: the "
+                "exported model computes nothing else."
+            )
+
+
+def build_hf_config(args: Namespace, vocab_size: int) -> SATFormerConfig:
+    """Builds the exported model's configuration.
+
+    Args:
+        args: Of the checkpoint.
+        vocab_size: Of the tokenizer, without padding.
+
+    Raises:
+        ValueError: If the options cannot be exported.
+    """
+    check_exportable(args)
+    heads = args.num_attention_heads
+    epsilon = getattr(args, "norm_epsilon", None) or args.layernorm_epsilon
+    return SATFormerConfig(
+        architecture=getattr(args, "architecture", "transformer"),
+        value_gate=getattr(args, "value_gate", "relu"),
+        value_gate_bias=getattr(args, "value_gate_bias", False),
+        value_residual_last_k=getattr(args, "value_residual_last_k", None),
+        vocab_size=vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels,
+        max_position_embeddings=args.max_position_embeddings,
+        rms_norm_eps=epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": float(args.rotary_base)},
+        attention_bias=args.add_qkv_bias,
+        qk_norm=args.qk_layernorm,
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        initializer_range=args.init_method_std,
+    )

@@ -1,0 +1,391 @@
+"""Between the layout of the paper's own repository and our Hugging Face folder, bit for bit.
+
+The other layout is a folder of config.json and model.safetensors or pytorch_model.bin, with names
+of its own for keys and options. Tensors keep their dtype; options that ours has no place for are
+carried along in config.json, so that the way back gives the same file.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_satformer.checkpoint import exported
+from megatron_satformer.checkpoint.convert.to_hf import AUTO_MAP, CODE
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.accepted import (
+    check_tensors,
+    model_shapes,
+    read_config,
+)
+from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder, open_hf_folder
+from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
+from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+
+# The epsilon of QK-norm there, whatever norm_eps says.
+QK_NORM_EPS = 1e-5
+MODEL_TYPES = {"satformer": "SATFormer", "resformer": "ResFormer", "transformer": "transformer"}
+CLASSES = {kind: f"{kind[0].upper()}{kind[1:]}ForCausalLM" for kind in MODEL_TYPES.values()}
+# part of our name -> part of theirs
+RENAMED = {
+    "model.embed_tokens.": "model.embeddings.",
+    "model.value_residual.": "model.lambda_manager.",
+    ".input_layernorm.": ".attn_norm.",
+    ".post_attention_layernorm.": ".mlp_norm.",
+    ".self_attn.value_gate.": ".attn.value_residual_mixing.alpha_proj.",
+    ".self_attn.value_lambda2": ".attn.value_residual_mixing.lambda2",
+    ".self_attn.": ".attn.",
+}
+# one number: an axis of length 1 here, no axis there
+SCALARS = ("value_lambda2", "lambda_scale")
+# our field -> theirs, where the value is the same
+FIELDS = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "attention_bias": "qkv_bias",
+    "qk_norm": "qk_norm",
+    "max_position_embeddings": "max_position_embeddings",
+    "intermediate_size": "intermediate_size",
+    "initializer_range": "initializer_range",
+    "rms_norm_eps": "norm_eps",
+    "use_cache": "use_cache",
+    "pad_token_id": "pad_token_id",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "vocab_size": "vocab_size",
+    "value_gate": "value_residual_gate",
+    "value_gate_bias": "value_residual_proj_bias",
+    "value_residual_last_k": "value_residual_last_k",
+}
+# what their classes take a missing key for
+DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_heads": 32,
+    "num_kv_heads": None,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "window_size": None,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "initializer_range": 0.02,
+    "norm_eps": 1e-6,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+    "use_value_residual": True,
+    "value_residual_gate": "relu",
+    "value_residual_proj_bias": False,
+    "value_residual_last_k": None,
+}
+MULTIPLE = 256  # of an MLP's width that they derive
+CARD = """# {architecture}
+
+Converted from the layout of the paper's own repository (arXiv 2605.03953), bit for bit.
+Needs torch and transformers >= 5.4: `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)`.
+"""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        model: "SATFormer", "ResFormer" or "transformer".
+        parameters: Number of them, tied ones once.
+        bytes: Of the tensors.
+        seconds: Spent.
+        notes: What the user should read.
+    """
+
+    folder: Path
+    model: str
+    parameters: int
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        made = (
+            f"{self.folder}: {self.model}, {self.parameters:,} parameters, "
+            f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+        return "\n".join([made, *self.notes])
+
+
+def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> Conversion:
+    """Writes our Hugging Face folder, whole or not at all.
+
+    Args:
+        load: Folder in the paper's layout.
+        save: Folder to make.
+        overwrite: Whether an earlier output at `save` may be replaced.
+
+    Raises:
+        ValueError: If the folder is not whole, or holds what our classes do not compute.
+    """
+    start = time.perf_counter()
+    check_target(save, CONFIG, overwrite)
+    folder = open_hf_folder(load)
+    config = build_config(folder.config, str(load))
+    if config.tie_word_embeddings:
+        folder = folder.without_tied("lm_head.weight", _rename("model.embed_tokens.weight"))
+    names = {name: _rename(name) for name in model_shapes(config)}
+    folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
+    tensors = {
+        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
+        for name, shape in model_shapes(config).items()
+    }
+    config.dtype = _find_dtype(folder, names)
+    config.architectures, config.auto_map = ["SATFormerForCausalLM"], AUTO_MAP
+    if build_reference_config(config) != folder.config:
+        config.reference_config = folder.config
+    with written_atomically(save) as partial:
+        check_target(save, CONFIG, overwrite)
+        writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
+        _copy_weights(writer, folder, names, tensors, partial)
+        config.to_json_file(partial / CONFIG)
+        _write_generation_config(config, partial)
+        for name in CODE:
+            shutil.copyfile(Path(exported.__file__).parent / name, partial / name)
+        folder.copy_tokenizer(partial)
+        card = CARD.format(architecture=config.architecture)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    kind = str(folder.config["model_type"])
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return Conversion(save, kind, parameters, writer.bytes, time.perf_counter() - start)
+
+
+def convert_to_reference(
+    load: Path, save: Path, overwrite: bool = False, accept_qk_norm_eps: bool = False
+) -> Conversion:
+    """Writes the folder in the paper's layout, whole or not at all.
+
+    Args:
+        load: Hugging Face folder of ours, or of a Llama or Qwen3 that is a plain Transformer.
+        save: Folder to make.
+        overwrite: Whether an earlier output at `save` may be replaced.
+        accept_qk_norm_eps: Whether QK-norm may get the epsilon that it has there.
+
+    Raises:
+        ValueError: If the folder is not whole, or the other code does not compute its model.
+    """
+    start = time.perf_counter()
+    check_target(save, CONFIG, overwrite)
+    folder = open_hf_folder(load)
+    config = read_config(folder)
+    notes = _check_representable(config, str(load), accept_qk_norm_eps)
+    folder = check_tensors(folder, config)
+    names = {_rename(name): name for name in model_shapes(config)}
+    tensors = {
+        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
+        for name, shape in _their_shapes(config).items()
+    }
+    config.dtype = _find_dtype(folder, {"model.embed_tokens.weight": "model.embed_tokens.weight"})
+    content = build_reference_config(config)
+    original = getattr(config, "reference_config", None)
+    if original is not None and _same_model(build_config(original, str(load)), config):
+        content = original
+    with written_atomically(save) as partial:
+        check_target(save, CONFIG, overwrite)
+        # one file: their loader knows no index
+        writer = ShardWriter(tensors, partial, 1 << 60)
+        _copy_weights(writer, folder, names, tensors, partial)
+        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        folder.copy_tokenizer(partial)
+    kind = str(content["model_type"])
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    seconds = time.perf_counter() - start
+    return Conversion(save, kind, parameters, writer.bytes, seconds, tuple(notes))
+
+
+def build_config(content: Mapping[str, Any], where: str) -> SATFormerConfig:
+    """Reads their options as ours.
+
+    Args:
+        content: Of their config.json.
+        where: Folder, for messages.
+
+    Raises:
+        ValueError: Names the option that our classes have no equal for.
+    """
+    kind = content.get("model_type")
+    if kind not in MODEL_TYPES.values():
+        raise ValueError(
+            f"model_type ({kind}) of {where} must be {' or '.join(MODEL_TYPES.values())}, as in "
+            "the paper's repository."
+        )
+    theirs = DEFAULTS | dict(content)
+    architecture = next(ours for ours, name in MODEL_TYPES.items() if name == kind)
+    if not theirs["use_value_residual"]:
+        architecture = "transformer"
+    _check_computed(theirs, architecture, where)
+    fields = {ours: theirs[name] for ours, name in FIELDS.items()}
+    if fields["intermediate_size"] is None:
+        fields["intermediate_size"] = _derive_width(theirs["hidden_size"], theirs["hidden_ratio"])
+    if architecture != "satformer":
+        del fields["value_gate"], fields["value_gate_bias"]
+    last_k = theirs["value_residual_last_k"]
+    if architecture == "transformer" or (
+        last_k is not None and last_k >= fields["num_hidden_layers"]
+    ):
+        fields["value_residual_last_k"] = None
+    eps = QK_NORM_EPS if theirs["qk_norm"] and theirs["norm_eps"] != QK_NORM_EPS else None
+    rope = {"rope_type": "default", "rope_theta": float(theirs["rope_theta"])}
+    return SATFormerConfig(
+        **fields, architecture=architecture, qk_norm_eps=eps, rope_parameters=rope
+    )
+
+
+def build_reference_config(config: SATFormerConfig) -> dict[str, Any]:
+    """Writes our options as theirs.
+
+    Args:
+        config: Of a model that `convert_to_reference` does not refuse.
+    """
+    assert config.rope_parameters is not None
+    kind = MODEL_TYPES[config.architecture]
+    content: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind}
+    content |= {name: getattr(config, ours) for ours, name in FIELDS.items()}
+    content |= {"hidden_act": "swish", "window_size": None}
+    content["rope_theta"] = config.rope_parameters["rope_theta"]
+    content["torch_dtype"] = str(config.dtype).removeprefix("torch.")
+    if config.architecture != "satformer":
+        del content["value_residual_gate"], content["value_residual_proj_bias"]
+    if config.architecture == "transformer":
+        del content["value_residual_last_k"]
+    else:
+        content["use_value_residual"] = True
+    return content
+
+
+def _check_computed(theirs: Mapping[str, Any], architecture: str, where: str) -> None:
+    if theirs["window_size"] is not None:
+        raise ValueError(
+            f"window_size ({theirs['window_size']}) of {where} must be null: ours has none."
+        )
+    if theirs["hidden_act"] not in ("swish", "silu"):
+        raise ValueError(
+            f"hidden_act ({theirs['hidden_act']}) of {where} must be swish, as in ours."
+        )
+    if theirs["rope_theta"] is None:
+        raise ValueError(f"rope_theta (None) of {where} must be a number.")
+    if theirs["hidden_size"] % theirs["num_heads"]:
+        raise ValueError(
+            f"hidden_size ({theirs['hidden_size']}) of {where} must be a multiple of num_heads "
+            f"({theirs['num_heads']})."
+        )
+    _check_lambdas(
+        architecture, theirs["value_residual_last_k"], theirs["num_hidden_layers"], where
+    )
+
+
+def _check_lambdas(architecture: str, last_k: int | None, layers: int, where: str) -> None:
+    if architecture == "resformer" and last_k is not None and last_k < layers - 1:
+        raise ValueError(
+            f"value_residual_last_k ({last_k}) of {where} must be left out for a ResFormer: the "
+            "softmax of its lambdas runs over all layers but the first in the paper's repository, "
+            "over the layers that mix in ours."
+        )
+
+
+def _check_representable(config: SATFormerConfig, where: str, accept: bool) -> list[str]:
+    heads = config.num_attention_heads
+    if config.head_dim * heads != config.hidden_size:
+        raise ValueError(
+            f"head_dim ({config.head_dim}) of {where} must be hidden_size / num_attention_heads "
+            f"({config.hidden_size} / {heads}): the paper's repository knows no other."
+        )
+    if config.attention_dropout:
+        raise ValueError(
+            f"attention_dropout ({config.attention_dropout}) of {where} must be 0: the paper's "
+            "repository has none."
+        )
+    _check_lambdas(
+        config.architecture, config.value_residual_last_k, config.num_hidden_layers, where
+    )
+    eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+    if not config.qk_norm or eps == QK_NORM_EPS:
+        return []
+    if not accept:
+        raise ValueError(
+            f"QK-norm's epsilon ({eps}) of {where} must be {QK_NORM_EPS}, which is fixed in the "
+            "paper's repository. To convert all the same, which moves the logits, pass "
+            "--accept-qk-norm-eps."
+        )
+    return [
+        f"NOTE: QK-norm's epsilon is {QK_NORM_EPS} there and was {eps}, which moves the logits; "
+        "compare the folder with what from-reference makes of it to see how far."
+    ]
+
+
+def _same_model(one: SATFormerConfig, other: SATFormerConfig) -> bool:
+    fields = (*FIELDS, "architecture", "qk_norm_eps", "head_dim", "rope_parameters")
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
+
+
+def _derive_width(hidden_size: int, ratio: float | None) -> int:
+    """Two thirds of the ratio, rounded up to a multiple; gate, up and down are three matrices."""
+    width = int(hidden_size * (4 if ratio is None else ratio) * 2 / 3)
+    return math.ceil(width / MULTIPLE) * MULTIPLE
+
+
+def _rename(name: str) -> str:
+    for ours, theirs in RENAMED.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _their_shapes(config: SATFormerConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        _rename(name): () if name.endswith(SCALARS) else shape
+        for name, shape in model_shapes(config).items()
+    }
+
+
+def _find_dtype(folder: HFFolder, names: Mapping[str, str]) -> torch.dtype:
+    """What config.json names, else that of the embedding."""
+    named = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "")
+    dtype = getattr(torch, named.removeprefix("torch."), None) if named else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return folder.tensors[names["model.embed_tokens.weight"]].dtype
+
+
+def _copy_weights(
+    writer: ShardWriter,
+    folder: HFFolder,
+    names: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
+    partial: Path,
+) -> None:
+    """Copies every tensor under its other name; only the axis of one number may come or go."""
+    check_space(partial, writer.bytes)
+    writer.create()
+    for name, tensor in tensors.items():
+        writer.write(name, folder.read(names[name]).reshape(tensor.shape))
+    writer.finish()
+
+
+def _write_generation_config(config: SATFormerConfig, partial: Path) -> None:
+    from transformers import GenerationConfig
+
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    GenerationConfig(**{name: getattr(config, name) for name in ids}).save_pretrained(partial)

@@ -1,0 +1,362 @@
+"""Turns a Megatron checkpoint into a folder that transformers loads.
+
+One CPU process, no process group. Weights go from file to file tensor by tensor, so that memory
+does not grow with the model; --verify alone loads it.
+"""
+
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_satformer.checkpoint import exported
+from megatron_satformer.checkpoint.compare.verification import (
+    check_verifiable,
+    verify_folder,
+)
+from megatron_satformer.checkpoint.convert.names import (
+    EMBEDDING,
+    Name,
+    convert_to_hf,
+    iterate_names,
+)
+from megatron_satformer.checkpoint.convert.options import DTYPES, build_hf_config, check_exportable
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
+from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
+from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
+from megatron_satformer.checkpoint.hugging_face.tokenizer import (
+    build_transformers_tokenizer,
+    check_same_ids,
+    load_tokenizer,
+)
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import find_tokenizer
+from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_satformer.SATFormerConfig",
+    "AutoModel": "modeling_satformer.SATFormerModel",
+    "AutoModelForCausalLM": "modeling_satformer.SATFormerForCausalLM",
+}
+CODE = ("configuration_satformer.py", "modeling_satformer.py")
+MARKER = "config.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        step: Training iterations of the checkpoint.
+        parameters: Number of them, tied ones once.
+        dtype: "bf16", "fp16" or "fp32".
+        model_class: Class of transformers, or of the folder's own code, that the weights are for.
+        verified: How far the logits are from Megatron's; None if it was not asked for.
+        bytes: Of the whole folder.
+        seconds: Spent.
+    """
+
+    folder: Path
+    step: int
+    parameters: int
+    dtype: str
+    model_class: str
+    verified: str | None
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.folder}: {self.model_class}, step {self.step}, {self.parameters:,} parameters "
+            f"in {self.dtype}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+        return line if self.verified is None else f"{line}\nverified: {self.verified}"
+
+
+def export_to_hf(
+    load: Path,
+    save: Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = False,
+    overwrite: bool = False,
+) -> Export:
+    """Writes the folder, whole or not at all.
+
+    Args:
+        load: Folder of checkpoints, or of one step.
+        save: Folder to make.
+        step: Iterations; None for the last one saved.
+        dtype: One of DTYPES; None for the one trained in.
+        tokenizer: A file or folder that `find_tokenizer` knows; None for the checkpoint's own,
+            "none" to export without.
+        max_shard_size: Of one safetensors file, such as "5GB".
+        verify: Whether to run both models and write the difference into the card.
+        overwrite: Whether an earlier export at `save` may be replaced.
+
+    Raises:
+        ValueError: If anything given, or in the checkpoint, does not allow an exact export.
+    """
+    start = time.perf_counter()
+    shard_size = parse_shard_size(max_shard_size)
+    check_target(save, MARKER, overwrite)
+    checkpoint = open_checkpoint(load, step)
+    checkpoint.check_files()
+    plan = _build_plan(checkpoint, dtype, tokenizer)
+    parameters = sum(tensor.numel() for tensor in plan.shapes.values())
+    if verify:
+        check_verifiable(checkpoint, parameters)
+    with written_atomically(save) as folder:
+        # once more under the lock: another run may have finished since
+        check_target(save, MARKER, overwrite)
+        writer = ShardWriter(plan.shapes, folder, shard_size)
+        check_space(folder, writer.bytes)
+        tokens = _write_config_and_tokenizer(plan, folder)
+        _write_weights(checkpoint, plan.config, DTYPES[plan.dtype], writer)
+        verified = verify_folder(checkpoint, folder) if verify else None
+        name = model_class_name(plan.stock)
+        facts = Facts(checkpoint.step, parameters, plan.dtype, name, tokens, verified)
+        card = build_card(plan.config, checkpoint.args, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    seconds = time.perf_counter() - start
+    return Export(save, checkpoint.step, parameters, plan.dtype, name, verified, size, seconds)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is known before the first byte is written.
+
+    Attributes:
+        config: In our own class.
+        stock: Configuration of the stock class that is exact, or None.
+        shapes: What is to be written, on the meta device.
+        dtype: One of DTYPES.
+        options: Flags of the tokenizer, or None to export without.
+        tokens: The tokenizer that they make.
+        ids: Of bos, eos and pad.
+    """
+
+    config: SATFormerConfig
+    stock: Any | None
+    shapes: dict[str, Tensor]
+    dtype: str
+    options: TokenizerOptions | None
+    tokens: Any
+    ids: dict[str, Any]
+
+
+def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> _Plan:
+    args = checkpoint.args
+    dtype = _choose_dtype(args, dtype)
+    check_exportable(args)
+    options = find_tokenizer(args, tokenizer)
+    tokens, ids = _build_tokenizer(checkpoint, options)
+    config = build_hf_config(args, ids.pop("vocab_size"))
+    for name, value in ids.items():
+        setattr(config, name, value)
+    stock = build_stock_config(config)
+    shapes = _build_shapes(config, stock, DTYPES[dtype])
+    check_names(checkpoint, config, shapes)
+    return _Plan(config, stock, shapes, dtype, options, tokens, ids)
+
+
+def read_state_dict(
+    checkpoint: MegatronCheckpoint, config: SATFormerConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Reads the model under its Hugging Face names, layer by layer.
+
+    Args:
+        checkpoint: Opened.
+        config: Of the exported model.
+        dtype: Of all but ResFormer's lambdas, which stay float32: bf16 is too coarse for them.
+
+    Raises:
+        ValueError: If a weight is too large for float16.
+    """
+    state: dict[str, Tensor] = {}
+    for name in iterate_names(config):
+        state |= _read_converted(checkpoint, name, config, dtype)
+    return state
+
+
+def check_names(
+    checkpoint: MegatronCheckpoint, config: SATFormerConfig, shapes: Mapping[str, Tensor]
+) -> None:
+    """Compares keys and shapes with the model's, so that nothing is missed and nothing left out.
+
+    Args:
+        checkpoint: Opened.
+        config: Of the exported model.
+        shapes: Hugging Face name -> tensor of the right shape, such as `_build_shapes` returns.
+
+    Raises:
+        ValueError: Names every key that is missing, unknown or of another shape.
+    """
+    used, problems = set(), []
+    for name in iterate_names(config):
+        stored = checkpoint.tensors.get(name.megatron)
+        key = name.megatron if stored is not None else name.stacked
+        stored = checkpoint.tensors.get(key)
+        used.add(key)
+        if stored is None:
+            problems.append(f"{name.megatron} is missing")
+            continue
+        rows = sum(shapes[part].shape[0] for part in name.hf)
+        expected = (rows, *shapes[name.hf[0]].shape[1:])
+        actual = tuple(stored.size[1:] if key != name.megatron else stored.size)
+        if actual != expected and not (name.packing == "vocabulary" and actual[0] >= rows):
+            problems.append(f"{name.megatron} is {actual}, not {expected}")
+        elif key != name.megatron and stored.size[0] != config.num_hidden_layers:
+            problems.append(f"{key} holds {stored.size[0]} layers, not {config.num_hidden_layers}")
+    problems += [f"{key} is not known" for key in sorted(set(checkpoint.tensors) - used)]
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
+        raise ValueError(f"{checkpoint.folder} does not fit its own args: {listed}.")
+
+
+def _choose_dtype(args: Namespace, given: str | None) -> str:
+    dtype = given or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def _build_tokenizer(
+    checkpoint: MegatronCheckpoint, options: TokenizerOptions | None
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the tokenizer, if any, and vocab_size and the ids of bos, eos and pad."""
+    args, stored = checkpoint.args, checkpoint.tensors.get(EMBEDDING.megatron)
+    if stored is None:
+        raise ValueError(f"{checkpoint.folder} does not fit its own args: it has no embedding.")
+    rows = stored.size[0]
+    tokens, ids = None, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if options is not None:
+        tokens = build_transformers_tokenizer(options, getattr(args, "chat_template", None))
+        # an import may have more rows than its tokenizer has entries
+        size = max(len(tokens), min(getattr(args, "vocab_size", None) or 0, rows))
+        ids = {name: getattr(tokens, name) for name in ids}
+        what = f"tokenizer ({options.tokenizer_model or options.vocab_file})"
+    else:
+        size, ids["eos_token_id"] = _sizes_alone(args, rows)
+        what = "vocab_size of the checkpoint"
+    if size > rows:
+        raise ValueError(
+            f"{what} has {size} entries, the checkpoint's embedding only {rows}: it is not the one "
+            "that the model was trained with."
+        )
+    return tokens, {"vocab_size": size, **ids}
+
+
+def _sizes_alone(args: Namespace, rows: int) -> tuple[int, int | None]:
+    """Returns vocabulary size and end of document of an export without tokenizer."""
+    if (args.tokenizer_type or "").startswith("Null"):
+        eod = getattr(args, "null_tokenizer_eod_id", None)
+        return args.vocab_size, args.vocab_size - 1 if eod is None else eod
+    try:
+        options = find_tokenizer(args, None)
+        assert options is not None
+        reference = build_tokenizer(options)
+    except ValueError:
+        print(
+            f"note: the training tokenizer is not here to say how many of the {rows} rows of the "
+            "embedding are padding: all are kept.",
+            file=sys.stderr,
+        )
+        return rows, None
+    return reference.vocab_size, reference.eod
+
+
+def model_class_name(stock: Any | None) -> str:
+    """Returns the class that loads the export, for a configuration of `build_stock_config`."""
+    if stock is None:
+        return "SATFormerForCausalLM"
+    return "Qwen3ForCausalLM" if stock.model_type == "qwen3" else "LlamaForCausalLM"
+
+
+def _build_shapes(
+    config: SATFormerConfig, stock: Any | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns what is to be written, on the meta device: the weights of the class that loads it."""
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+
+    from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+
+    classes = {c.__name__: c for c in (LlamaForCausalLM, Qwen3ForCausalLM, SATFormerForCausalLM)}
+    with torch.device("meta"):
+        model = classes[model_class_name(stock)](config if stock is None else stock)
+        return {
+            key: torch.empty(tensor.shape, dtype=torch.float32 if "lambda" in key else dtype)
+            for key, tensor in model.state_dict().items()
+            if not (config.tie_word_embeddings and key == "lm_head.weight")
+        }
+
+
+def _read_converted(
+    checkpoint: MegatronCheckpoint, name: Name, config: SATFormerConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    wanted = torch.float32 if "lambda" in name.megatron else dtype
+    if name.megatron in checkpoint.tensors:
+        tensor = checkpoint.read(name.megatron, dtype=wanted)
+    else:
+        tensor = checkpoint.read(name.stacked, index=name.layer, dtype=wanted)
+    pieces = convert_to_hf(name, tensor, config)
+    if wanted == torch.float16:
+        for key, piece in pieces.items():
+            if not piece.isfinite().all():
+                raise ValueError(
+                    f"dtype (fp16) must hold every weight, and {key} has one beyond 65504 or not "
+                    "finite. Pass --dtype bf16 or fp32."
+                )
+    return pieces
+
+
+def _write_weights(
+    checkpoint: MegatronCheckpoint,
+    config: SATFormerConfig,
+    dtype: torch.dtype,
+    writer: ShardWriter,
+) -> None:
+    writer.create()
+    for name in iterate_names(config):
+        for key, tensor in _read_converted(checkpoint, name, config, dtype).items():
+            writer.write(key, tensor)
+    writer.finish()
+
+
+def _write_config_and_tokenizer(plan: _Plan, folder: Path) -> Any:
+    """Returns the tokenizer as loaded again, or None."""
+    from transformers import GenerationConfig
+
+    written: Any = plan.config if plan.stock is None else plan.stock
+    written.dtype = DTYPES[plan.dtype]
+    written.architectures = [model_class_name(plan.stock)]
+    if plan.stock is None:
+        written.auto_map = AUTO_MAP
+        for name in CODE:
+            shutil.copyfile(Path(exported.__file__).parent / name, folder / name)
+    else:
+        # readers from before transformers 5 look for it here, and else take a default in silence
+        written.rope_theta = written.rope_parameters["rope_theta"]
+    written.to_json_file(folder / "config.json")
+    GenerationConfig(**plan.ids).save_pretrained(folder)
+    if plan.options is None:
+        return None
+    plan.tokens.save_pretrained(folder)
+    tokens = load_tokenizer(folder, written)
+    check_same_ids(tokens, plan.options)
+    return tokens

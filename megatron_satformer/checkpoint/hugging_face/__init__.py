@@ -1,0 +1,1 @@
+"""Hugging Face folders: weights, tokenizer, card, and which models are ours."""

@@ -1,0 +1,1 @@
+"""Megatron checkpoints: read, written, resumed, and built into a model again."""

@@ -1,0 +1,1 @@
+"""One file per architecture, and what some of them share."""

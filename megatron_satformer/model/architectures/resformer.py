@@ -1,0 +1,156 @@
+"""ResFormer: V'_n = lambda1_n V_1 + lambda2_n V_n, static (arXiv 2410.17897, "learnable plus").
+
+    lambda1_n = lambda_scale * softmax(lambda_logits)_n    over the layers that mix
+    lambda2_n                                              one scalar per layer, init 0.5
+
+lambda_logits (init 0) and lambda_scale (init num_layers) belong to the whole model: every pipeline
+chunk holds a copy, Megatron sums the copies' gradients over stages.
+
+Shapes: s sequence, b micro-batch, ng KV heads, hn head dim, m mixing layers; "/tp": per rank.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
+
+LAMBDA2_INIT = 0.5
+
+
+class ResFormerAttention(ValueResidualAttention):
+    """ValueResidualAttention that blends with two scalars per layer."""
+
+    def __init__(
+        self,
+        config: SATFormerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if self.mixes:
+            self.value_lambda2 = _scalar(config, 1, LAMBDA2_INIT)  # [1]
+            # In a tuple, so that the chunk owns the shared parameters and not every layer.
+            self._shared: tuple[SharedLambdas, ...] = ()
+
+    def blend(self, value: Tensor, v1: Tensor) -> Tensor:
+        """lambda1 V1 + lambda2 V. value, v1: [s, b, ng/tp, hn]."""
+        (shared,) = self._shared
+        lambda1 = shared(self.layer_number)
+        lambda2 = _summed_over_heads(self.value_lambda2, self.pg_collection.tp)
+        return torch.addcmul(lambda2.to(value.dtype) * value, lambda1.to(value.dtype), v1)
+
+
+class SharedLambdas(MegatronModule):
+    """lambda1 of every mixing layer; one copy per pipeline chunk.
+
+    Args:
+        config: gives the number of layers and which of them mix.
+        tp_group: tensor-parallel group.
+        copy: number of the chunk in the model; chunk 0 saves the parameters and counts in the
+            gradient norm.
+    """
+
+    def __init__(self, config: SATFormerConfig, tp_group: ProcessGroup, copy: int) -> None:
+        super().__init__(config)
+        self.first = config.num_layers - config.num_mixing_layers + 1  # first layer that mixes
+        self.tp_group = tp_group
+        self.copy = copy
+        self.lambda_logits = _scalar(config, config.num_mixing_layers, 0.0)  # [m]
+        self.lambda_scale = _scalar(config, 1, float(config.num_layers))  # [1]
+        for parameter in self.parameters():
+            parameter.pipeline_parallel = True  # gradients summed over stages
+            parameter.shared = copy != 0  # counted once in the gradient norm
+            # A bucket of its own, so that the distributed optimizer shards it alike on all stages.
+            parameter.shared_embedding = True
+
+    def forward(self, layer_number: int) -> Tensor:
+        """lambda1 of one layer, [1]."""
+        logits = _summed_over_heads(self.lambda_logits, self.tp_group).float()
+        scale = _summed_over_heads(self.lambda_scale, self.tp_group).float()
+        return scale * logits.softmax(dim=0)[layer_number - self.first]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """One entry per parameter, saved by the first copy alone."""
+        replica = (self.copy, self.tp_group.rank(), (metadata or {})["dp_cp_group"].rank())
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}", parameter, replica_id=replica
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+
+def attach_shared_lambdas(decoder: Any, config: SATFormerConfig, copy: int) -> None:
+    """Give one pipeline chunk its copy of the shared lambdas.
+
+    Every chunk has one, also where no layer mixes: Megatron sums their gradients over all stages.
+
+    Args:
+        decoder: the chunk's TransformerBlock.
+        config: the model's config.
+        copy: see `SharedLambdas`.
+    """
+    decoder.value_residual = SharedLambdas(config, decoder.pg_collection.tp, copy)
+    mixing = [layer.self_attention for layer in decoder.layers if layer.self_attention.mixes]
+    for attention in mixing:
+        attention._shared = (decoder.value_residual,)
+    if not mixing:
+        decoder.register_forward_hook(_use_shared_lambdas)
+
+
+def _use_shared_lambdas(decoder: Any, _: Any, hidden_states: Tensor) -> Tensor:
+    # Overlapped communication of the distributed optimizer waits for every parameter to be used in
+    # its module's forward, and to have its gradient.
+    lambda1 = decoder.value_residual(decoder.config.num_layers)
+    unchanged = _WithoutEffect.apply(hidden_states, lambda1)
+    # The schedule frees the output after sending it and refuses views.
+    return make_viewless_tensor(unchanged, requires_grad=True, keep_graph=True)
+
+
+class _WithoutEffect(torch.autograd.Function):
+    """The first argument unchanged; the second gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, unused: Tensor) -> Tensor:
+        ctx.save_for_backward(unused)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros_like(*ctx.saved_tensors)
+
+
+def _scalar(config: SATFormerConfig, size: int, init: float) -> torch.nn.Parameter:
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    full = torch.full((size,), init, dtype=config.params_dtype, device=device)
+    parameter: Any = torch.nn.Parameter(full)
+    # Each rank's gradient is the sum over its own heads; see _summed_over_heads.
+    parameter.average_gradients_across_tp_domain = True
+    return parameter
+
+
+def _summed_over_heads(parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
+    """The parameter, its gradient scaled so that Megatron's average over tp is a sum.
+
+    Megatron (0.19.2) averages the gradients of replicated parameters marked
+    `average_gradients_across_tp_domain` over tensor-parallel ranks in one coalesced call per step;
+    heads are sharded, so what is wanted is the sum, and no collective per layer.
+    """
+    size = tp_group.size()
+    if size == 1 or not parameter.requires_grad:
+        return parameter
+    scaled = parameter.view_as(parameter)
+    scaled.register_hook(lambda gradient: gradient * size)
+    return scaled

@@ -1,0 +1,188 @@
+"""SATFormer: V'_n = V_n + gate(W_gate x_n) * V_1 (arXiv 2605.03953).
+
+W_gate reads exactly what linear_qkv reads, so its rows ride in that GEMM: no extra kernel and no
+extra collective, also where Transformer Engine fuses the norm into linear_qkv and under sequence
+parallelism. Rows of linear_qkv on one tensor-parallel rank:
+
+    [ q,k,v of its KV groups, Megatron's interleave | gate, ng/tp | zero padding to 16 ]
+
+The padding keeps the GEMM's width legal for fp8 and q/k/v aligned; its gradient is exactly zero.
+Checkpoints hold the pieces apart and know neither padding nor parallelism.
+
+Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim; "/tp": per rank.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from torch import Tensor
+
+from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
+from megatron_satformer.model.gates import apply_gate
+
+ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
+
+
+class SATFormerAttention(ValueResidualAttention):
+    """ValueResidualAttention gated per token and KV head; the gate rows ride in linear_qkv."""
+
+    def __init__(
+        self,
+        config: SATFormerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        mixes = config.mixes(layer_number)
+        if mixes:
+            submodules = replace(submodules, linear_qkv=_widened(submodules.linear_qkv))
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if mixes:
+            self._gate_logits: Tensor | None = None
+            self._init_gate_rows()
+            self.linear_qkv.register_forward_hook(self._keep_gate_logits)
+        if config.expects_transformer:
+            self.register_load_state_dict_post_hook(_transformer_was_read)
+
+    @property
+    def _row_counts(self) -> list[int]:
+        """Rows of linear_qkv on this rank: q/k/v, gate, padding."""
+        heads = self.num_attention_heads_per_partition
+        if self.config.attention_output_gate:
+            heads *= 2
+        groups = self.num_query_groups_per_partition
+        qkv = (heads + 2 * groups) * self.hidden_size_per_attention_head
+        return [qkv, groups, _padding(qkv + groups)]
+
+    def blend(self, value: Tensor, v1: Tensor) -> Tensor:
+        """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
+        logits, self._gate_logits = self._gate_logits, None
+        assert logits is not None, "linear_qkv did not run before blend"
+        alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
+        return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
+
+    # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As ValueResidualAttention's; a call that fails leaves no logits on the module."""
+        try:
+            return super().get_query_key_value_tensors(*args, **kwargs)
+        finally:
+            self._gate_logits = None
+
+    def _keep_gate_logits(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> Any:
+        # A hook, because SelfAttention (0.19.2) calls linear_qkv and splits its output itself.
+        fused, bias = output
+        qkv, self._gate_logits, _ = fused.split(self._row_counts, dim=-1)
+        return qkv, bias
+
+    @torch.no_grad()
+    def _init_gate_rows(self) -> None:
+        weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
+        _, gate, padding = weight.split(self._row_counts)
+        if self.config.perform_initialization:
+            padding.zero_()
+            if self.config.value_gate_init_std is not None:
+                with get_cuda_rng_tracker().fork():
+                    gate.normal_(0.0, self.config.value_gate_init_std)
+        if self._has_bias:
+            # linear_qkv has one bias for all its rows: those nobody asked for stay at their 0.
+            keep = [self._has_qkv_bias, self.config.value_gate_bias, False]
+            kept = zip(self._row_counts, keep, strict=True)
+            mask = torch.cat([bias.new_full((rows,), float(k)) for rows, k in kept])
+            bias.register_hook(lambda gradient: gradient * mask.to(gradient))
+
+    @property
+    def _has_qkv_bias(self) -> bool:
+        return self.config.add_bias_linear or self.config.add_qkv_bias
+
+    @property
+    def _has_bias(self) -> bool:
+        return self._has_qkv_bias or self.config.value_gate_bias
+
+    # Module-level sharded_state_dict, 0.19.2: replace linear_qkv's entries by factories that
+    # split them, so that the optimizer's moments are split the same way.
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's entries, with `value_gate` apart from `linear_qkv` and no padding.
+
+        Where a plain Transformer's checkpoint is expected (--from-transformer) the gate has none.
+        """
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.mixes:
+            gate = not self.config.expects_transformer
+            wanted = {"weight": (True, gate)}
+            if self._has_bias:
+                wanted["bias"] = (self._has_qkv_bias, self.config.value_gate_bias and gate)
+            for name, pieces in wanted.items():
+                key = f"{prefix}linear_qkv.{name}"
+                entries[key] = self._split_entry(entries[key], pieces, sharded_offsets)
+        return entries
+
+    def _split_entry(
+        self, whole: ShardedTensor, pieces: tuple[bool, bool], sharded_offsets: tuple
+    ) -> Any:
+        """Factory for one fused tensor; `pieces`: whether its q/k/v and gate rows are saved."""
+        if not any(pieces):
+            return LocalNonpersistentObject(whole.data)
+        rows, axes = self._row_counts, len(sharded_offsets)
+        tp = axes, self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        # What a Transformer's checkpoint lacks stays as it is now: weights only, never moments.
+        kept = whole.data if self.config.expects_transformer else None
+
+        @torch.no_grad()
+        def build(key: str, fused: Tensor, replica_id: ReplicaId, _: slice | None) -> dict:
+            names = key, key.replace("linear_qkv", "value_gate")
+            return {
+                name: ShardedTensor.from_rank_offsets(
+                    name, piece, *sharded_offsets, tp, replica_id=replica_id, prepend_axis_num=axes
+                )
+                for name, piece, saved in zip(names, fused.split(rows), pieces, strict=False)
+                if saved
+            }
+
+        @torch.no_grad()
+        def merge(loaded: dict) -> Tensor:
+            sample = next(iter(loaded.values()))
+            fused = sample.new_zeros((sum(rows), *sample.shape[1:]))
+            if kept is not None:
+                fused.copy_(kept)
+            for name, piece in loaded.items():
+                start = rows[0] if "value_gate" in name else 0
+                fused[start : start + len(piece)] = piece
+            return fused
+
+        return ShardedTensorFactory(whole.key, whole.data, build, merge, whole.replica_id)
+
+
+def _transformer_was_read(attention: SATFormerAttention, _: Any) -> None:
+    # All chunks have handed out their entries by now; what is saved from here on has gates.
+    attention.config.expect_transformer(False)
+
+
+def _padding(rows: int) -> int:
+    return -rows % ROW_MULTIPLE
+
+
+def _widened(linear_qkv: Any) -> Any:
+    """Builder of linear_qkv with room for the gate rows on every tensor-parallel rank."""
+
+    def build(hidden_size: int, qkv_rows: int, *, config: SATFormerConfig, **kwargs: Any) -> Any:
+        tp = config.tensor_model_parallel_size
+        rows = qkv_rows // tp + config.num_query_groups // tp
+        kwargs["bias"] = kwargs["bias"] or config.value_gate_bias
+        return linear_qkv(hidden_size, (rows + _padding(rows)) * tp, config=config, **kwargs)
+
+    return build

@@ -1,0 +1,292 @@
+"""The paper's own layout: its maths restated in plain torch, and every bit there and back."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from megatron_satformer.checkpoint.convert.paper_layout import (
+    convert_from_reference,
+    convert_to_reference,
+)
+from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+
+CASES = {
+    "satformer": {"model_type": "SATFormer"},
+    "satformer, everything": {
+        "model_type": "SATFormer",
+        "num_kv_heads": 2,
+        "qkv_bias": True,
+        "tie_word_embeddings": False,
+        "value_residual_gate": "softmax_sigmoid",
+        "value_residual_proj_bias": True,
+        "value_residual_last_k": 1,
+    },
+    "satformer, derived width": {
+        "model_type": "SATFormer",
+        "intermediate_size": None,
+        "value_residual_gate": "tanh",
+    },
+    "resformer": {"model_type": "ResFormer", "num_kv_heads": 1, "value_residual_lambda2_init": 0.5},
+    "transformer": {"model_type": "transformer", "qk_norm": False, "norm_eps": 1e-5},
+    "without residual": {"model_type": "SATFormer", "use_value_residual": False},
+}
+SHAPE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": None,
+    "intermediate_size": 40,
+    "hidden_ratio": 4,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "qk_norm": True,
+    "tie_word_embeddings": True,
+    "fuse_norm": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.53.0",
+}
+
+
+def build_state(config: dict) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names of the paper's repository, written out one by one."""
+    h, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_heads"]
+    hn, groups = h // heads, config["num_kv_heads"] or heads
+    ffn = config["intermediate_size"] or 256
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape, around=0.0, std=0.3):
+        return torch.randn(*shape, generator=generator) * std + around
+
+    state = {"model.embeddings.weight": normal(config["vocab_size"], h, std=1.0)}
+    mixing = range(1, layers) if config.get("use_value_residual", True) else range(0)
+    if config.get("value_residual_last_k"):
+        mixing = range(layers - config["value_residual_last_k"], layers)
+    for n in range(layers):
+        attn, mlp = f"model.layers.{n}.attn", f"model.layers.{n}.mlp"
+        state[f"model.layers.{n}.attn_norm.weight"] = normal(h, around=1.0)
+        for name, rows in (("q", h), ("k", groups * hn), ("v", groups * hn)):
+            # so small that the epsilon of the norm behind it shows
+            std = 0.3 if name == "v" else 1e-3
+            state[f"{attn}.{name}_proj.weight"] = normal(rows, h, std=std)
+            if config.get("qkv_bias"):
+                state[f"{attn}.{name}_proj.bias"] = normal(rows, std=std)
+        state[f"{attn}.o_proj.weight"] = normal(h, h)
+        if config["qk_norm"]:
+            state[f"{attn}.q_norm.weight"] = normal(hn, around=1.0)
+            state[f"{attn}.k_norm.weight"] = normal(hn, around=1.0)
+        mixer = f"{attn}.value_residual_mixing"
+        if n in mixing and config["model_type"] == "SATFormer":
+            state[f"{mixer}.alpha_proj.weight"] = normal(groups, h)
+            if config.get("value_residual_proj_bias"):
+                state[f"{mixer}.alpha_proj.bias"] = normal(groups)
+        if n in mixing and config["model_type"] == "ResFormer":
+            state[f"{mixer}.lambda2"] = normal(1, around=0.5)[0]
+        state[f"model.layers.{n}.mlp_norm.weight"] = normal(h, around=1.0)
+        state[f"{mlp}.gate_proj.weight"] = normal(ffn, h)
+        state[f"{mlp}.up_proj.weight"] = normal(ffn, h)
+        state[f"{mlp}.down_proj.weight"] = normal(h, ffn)
+    state["model.norm.weight"] = normal(h, around=1.0)
+    if config["model_type"] == "ResFormer":
+        state["model.lambda_manager.lambda_scale"] = torch.tensor(2.7)
+        state["model.lambda_manager.lambda_logits"] = normal(layers - 1)
+    if not config["tie_word_embeddings"]:
+        state["lm_head.weight"] = normal(config["vocab_size"], h)
+    return state
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [s, heads, hn], base 1e4; the first half turns against the second."""
+    s, _, hn = x.shape
+    angles = torch.outer(torch.arange(s), 1e4 ** (-torch.arange(0, hn, 2) / hn))[:, None]
+    one, two = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
+
+
+GATES = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "softmax_sigmoid": lambda z: z.softmax(-1) * z.sigmoid() * z.size(-1),
+}
+
+
+def reference_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
+    """Ids [s] -> logits [s, vocab], as the paper's repository computes them."""
+    heads, eps = config["num_heads"], config.get("norm_eps", 1e-6)
+    groups = config["num_kv_heads"] or heads
+    gate = GATES[config.get("value_residual_gate", "relu")]
+    x = state["model.embeddings.weight"][ids]
+    v1 = None
+    for n in range(config["num_hidden_layers"]):
+        p = {k.split(f"layers.{n}.")[1]: v for k, v in state.items() if f"layers.{n}." in k}
+        normed = norm(x, p["attn_norm.weight"], eps)
+        q, k, v = (
+            F.linear(normed, p[f"attn.{name}_proj.weight"], p.get(f"attn.{name}_proj.bias"))
+            for name in "qkv"
+        )
+        q, k, v = (y.view(len(ids), g, -1) for y, g in ((q, heads), (k, groups), (v, groups)))
+        v1 = v if n == 0 else v1
+        if "attn.value_residual_mixing.alpha_proj.weight" in p:
+            mixer = "attn.value_residual_mixing.alpha_proj"
+            alpha = gate(F.linear(normed, p[f"{mixer}.weight"], p.get(f"{mixer}.bias")))
+            v = v + alpha[..., None] * v1
+        elif "attn.value_residual_mixing.lambda2" in p:
+            logits = state["model.lambda_manager.lambda_logits"]
+            lambda1 = state["model.lambda_manager.lambda_scale"] * logits.softmax(0)[n - 1]
+            v = lambda1 * v1 + p["attn.value_residual_mixing.lambda2"] * v
+        if config["qk_norm"]:
+            q, k = norm(q, p["attn.q_norm.weight"], 1e-5), norm(k, p["attn.k_norm.weight"], 1e-5)
+        q, k = rotate(q), rotate(k)
+        k, v = (y.repeat_interleave(heads // groups, dim=1) for y in (k, v))
+        scores = torch.einsum("shd,thd->hst", q, k) / q.size(-1) ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+        out = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
+        x = x + out @ p["attn.o_proj.weight"].T
+        normed = norm(x, p["mlp_norm.weight"], eps)
+        up = F.silu(normed @ p["mlp.gate_proj.weight"].T) * (normed @ p["mlp.up_proj.weight"].T)
+        x = x + up @ p["mlp.down_proj.weight"].T
+    x = norm(x, state["model.norm.weight"], eps)
+    return x @ state.get("lm_head.weight", state["model.embeddings.weight"]).T
+
+
+def write_reference(folder: Path, file: str = "model.safetensors", drop=(), add=None, **options):
+    """A folder in the paper's layout; returns its config and its tensors."""
+    config = SHAPE | options
+    state = {k: v for k, v in (build_state(config) | (add or {})).items() if k not in drop}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if file.endswith(".bin"):
+        torch.save(state, folder / file)
+    else:
+        save_file(state, folder / file, {"format": "pt"})
+    return config, state
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[key].dtype, other[key].shape), key
+        assert torch.equal(tensor, other[key]), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_logits_and_every_bit_back(tmp_path, name):
+    config, state = write_reference(tmp_path / "ref", **CASES[name])
+    convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+    model = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    ids = torch.randint(50, (21,), generator=torch.Generator().manual_seed(1))
+    expected = reference_logits(state, config, ids)
+    with torch.no_grad():
+        actual = model(ids[None]).logits[0]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    if config["qk_norm"]:  # the epsilon is not lost on the way
+        model.config.qk_norm_eps = 1e-6
+        other = SATFormerForCausalLM(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        assert (other(ids[None]).logits[0] - expected).abs().max() > 1e-3
+
+    convert_to_reference(tmp_path / "hf", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
+
+
+@pytest.mark.parametrize("architecture", ["satformer", "resformer", "transformer"])
+def test_our_folder_there_and_back(tmp_path, architecture):
+    """Mixed dtypes too: lambdas stay float32 in a bf16 model."""
+    shape = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = SATFormerConfig(**shape, **options, architecture=architecture, qk_norm_eps=1e-5)
+    model = SATFormerForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lambda" in name:
+            parameter.data = torch.rand(parameter.shape)
+    model.save_pretrained(tmp_path / "hf")
+    convert_to_reference(tmp_path / "hf", tmp_path / "ref")
+    convert_from_reference(tmp_path / "ref", tmp_path / "back")
+    files = [tmp_path / name / "model.safetensors" for name in ("hf", "back")]
+    same_bits(*map(load_file, files))
+    before, after = (SATFormerConfig.from_pretrained(file.parent) for file in files)
+    assert {**before.to_dict(), "auto_map": after.auto_map} == after.to_dict()
+
+
+def test_torch_file_with_tied_copy(tmp_path):
+    embedding = build_state(SHAPE | {"model_type": "SATFormer"})["model.embeddings.weight"]
+    tied = {"lm_head.weight": embedding}
+    _, state = write_reference(
+        tmp_path / "ref", "pytorch_model.bin", add=tied, model_type="SATFormer"
+    )
+    convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+    convert_to_reference(tmp_path / "hf", tmp_path / "back")
+    del state["lm_head.weight"]  # written once
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
+
+    write_reference(
+        tmp_path / "other",
+        add={"lm_head.weight": embedding + 1e-3},
+        model_type="SATFormer",
+    )
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        convert_from_reference(tmp_path / "other", tmp_path / "no")
+
+
+def test_wrong_keys_are_listed(tmp_path):
+    drop = ("model.layers.1.attn.value_residual_mixing.alpha_proj.weight", "model.norm.weight")
+    add = {
+        "model.layers.0.attn.value_residual_mixing.alpha_proj.weight": torch.zeros(4, 24),
+        "model.layers.2.mlp.up_proj.weight": torch.zeros(41, 24),
+    }
+    write_reference(tmp_path / "ref", drop=drop, add=add, model_type="SATFormer")
+    with pytest.raises(ValueError, match="does not hold the tensors") as error:
+        convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+    for told in (
+        *(f"{name} is missing" for name in drop),
+        "model.layers.0.attn.value_residual_mixing.alpha_proj.weight is not known",
+        "model.layers.2.mlp.up_proj.weight is (41, 24), not (40, 24)",
+    ):
+        assert told in str(error.value)
+    assert not (tmp_path / "hf").exists()
+
+
+REFUSED = {
+    "model_type (gpt2)": {"model_type": "gpt2"},
+    "window_size (8)": {"window_size": 8},
+    "hidden_act (gelu)": {"hidden_act": "gelu"},
+    "hidden_size (24) of": {"num_heads": 5},
+    "value_residual_last_k (1) of": {"model_type": "ResFormer", "value_residual_last_k": 1},
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_what_ours_does_not_compute_is_refused(tmp_path, told):
+    (tmp_path / "ref").mkdir()
+    content = SHAPE | {"model_type": "SATFormer"} | REFUSED[told]
+    (tmp_path / "ref" / "config.json").write_text(json.dumps(content))
+    save_file({"a": torch.zeros(1)}, tmp_path / "ref" / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+
+
+def test_to_reference_refuses_what_the_paper_does_not_compute(tmp_path):
+    shape = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+    for name, options in (
+        ("head_dim", {"head_dim": 8, "qk_norm_eps": 1e-5}),
+        ("value_residual_last_k", {"architecture": "resformer", "value_residual_last_k": 1}),
+        ("epsilon", {}),
+    ):
+        config = SATFormerConfig(**shape, num_attention_heads=4, **options)
+        SATFormerForCausalLM(config).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            convert_to_reference(tmp_path / name, tmp_path / "ref")
+    made = convert_to_reference(tmp_path / "epsilon", tmp_path / "ref", accept_qk_norm_eps=True)
+    assert "which moves the logits" in str(made)

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+
+from megatron_satformer.cli import ToolParser
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import os, signal, sys\n"
+        "from megatron_satformer.cli import ToolParser, run_tool\n"
+        f"def main():\n    {body}\n"
+        "run_tool(main)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("pass", 0, ""),
+        ("raise ValueError('x (1) must be 2.')", 2, "error: x (1) must be 2.\n"),
+        ("raise NotImplementedError('not yet')", 2, "error: not yet\n"),
+        ("open('/none/x')", 2, "error: [Errno 2] No such file or directory: '/none/x'\n"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "error: interrupted.\n"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
+    ],
+)
+def test_exit_codes(body: str, code: int, stderr: str) -> None:
+    result = run(body)
+    assert (result.returncode, result.stderr) == (code, stderr)
+
+
+def test_our_own_bugs_keep_their_traceback() -> None:
+    result = run("raise KeyError('ours')")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_a_flag_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ToolParser(prog="tool")
+    parser.add_argument("--workers", type=int)
+    for args in (["--workers", "x"], ["--work", "1"], ["--nothing"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(args)
+        assert end.value.code == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: ")
+        assert stderr.endswith("See tool --help.\n")
+        assert stderr.count("\n") == 1
