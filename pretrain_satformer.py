@@ -1,4 +1,4 @@
-"""Pretrain SATFormer, ResFormer or a plain Transformer with Megatron-core.
+"""Pretrain a cross-layer-access transformer, or a plain one, with Megatron-core.
 
     torchrun --nproc_per_node N pretrain_satformer.py --architecture satformer <Megatron flags>
 
@@ -29,6 +29,7 @@ from megatron.core.datasets.gpt_dataset import (
     MockGPTDataset,
 )
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -59,7 +60,6 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
-from megatron_satformer.config import SATFormerConfig
 from megatron_satformer.data.training.index_cache import (
     find_index_sets,
     muted_logging,
@@ -73,10 +73,11 @@ from megatron_satformer.data.training.preflight import (
 )
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.errors import only_rank_0_speaks, usage_errors
-from megatron_satformer.model.builder import SATFormerModelConfig, layer_spec_builder
+from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
-from megatron_satformer.parallel.stages import StageLayer, finish_chunks
+from megatron_satformer.parallel.stages import finish_chunks
 from megatron_satformer.report import describe_run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -294,13 +295,13 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
-def build_model_config(args: Any) -> SATFormerModelConfig:
+def build_model_config(args: Any) -> DecoderModelConfig:
     """The model that the arguments describe; its `builder` builds it."""
-    config = core_transformer_config_from_args(args, SATFormerConfig)
+    config = core_transformer_config_from_args(args, find_architecture(args.architecture).config)
     if starts_from_transformer(args):
         config.expect_transformer(True)
-    model = gpt_config_from_args(args, config, SATFormerModelConfig)
-    model.transformer_layer_spec = layer_spec_builder(StageLayer)
+    model = gpt_config_from_args(args, config, DecoderModelConfig)
+    model.transformer_layer_spec = build_layer_spec
     model.pre_wrap_hooks = [*model.pre_wrap_hooks, finish_chunks]
     return model
 
@@ -333,7 +334,7 @@ def prepare_data(samples: tuple[int | None, ...]) -> None:
         prepare_index_sets(sets, args.num_dataset_builder_threads)
 
 
-def configure() -> tuple[Any, SATFormerModelConfig]:
+def configure() -> tuple[Any, DecoderModelConfig]:
     """Arguments and model, checked; nothing distributed exists yet.
 
     Raises:
@@ -351,6 +352,7 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
         if args.use_checkpoint_args:
             refusals.check_model(args, cuda)  # now that the checkpoint has spoken
         model = build_model_config(args)
+        refusals.check_carry(model.transformer)
         check_ranks_hold_something(model.transformer)
         if args.rank == 0:
             check_resume(args)
@@ -360,9 +362,19 @@ def configure() -> tuple[Any, SATFormerModelConfig]:
             if samples is not None:
                 prepare_data(samples)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
-            if model.transformer.gate_warning:
-                print(f"WARNING: {model.transformer.gate_warning}", flush=True)
+            if model.transformer.warning:
+                print(f"WARNING: {model.transformer.warning}", flush=True)
     return args, model
+
+
+def num_microbatches() -> int:
+    """Micro-batches of the pass that runs now, training or evaluation."""
+    if torch.is_grad_enabled():
+        return get_num_microbatches()
+    args = get_args()
+    # As Megatron's evaluate (0.19.2) counts them.
+    ranks = args.data_parallel_size * args.gtp_weight_remat_size
+    return args.eval_global_batch_size // (args.eval_micro_batch_size * ranks)
 
 
 def main() -> None:
@@ -376,7 +388,7 @@ def main() -> None:
         # groups; this function of Megatron's (0.19.2) does just that and is skipped when done.
         _initialize_distributed(None, None, None)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        communicator = CarryP2PCommunicator(groups.pp, model.transformer)
+        communicator = CarryP2PCommunicator(groups.pp, model.transformer, num_microbatches)
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     pretrain(
         container,

@@ -6,13 +6,14 @@ changed default. Must not know: modules, process groups, data files.
 
 import importlib.util
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args
 
-from megatron_satformer.config import ValueResidualOptions
+from megatron_satformer.config import DecoderOptions
+from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
 
 # The model family's defaults where Megatron's are GPT-2's.
 FAMILY_DEFAULTS: dict[str, Any] = {
@@ -38,13 +39,19 @@ COUNTER_FLAGS = {
 
 
 def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None) -> ArgumentParser:
-    """Megatron's `extra_args_provider`: our one group, and the family's defaults.
+    """Megatron's `extra_args_provider`: our groups, and the family's defaults.
 
     Args:
         parser: with all of Megatron's flags.
         defaults: overrides of FAMILY_DEFAULTS (from `resolve_defaults`).
     """
-    group = ArgumentGroupFactory(ValueResidualOptions).build_group(parser, "satformer")
+    group = ArgumentGroupFactory(DecoderOptions).build_group(parser, "decoder")
+    _find_action(parser, "architecture").choices = list(TABLE)
+    known = set(vars(DecoderOptions()))
+    for architecture in all_architectures():
+        own = ArgumentGroupFactory(architecture.options, exclude=sorted(known))
+        own.build_group(parser, architecture.name)
+        known |= architecture.own_options.keys()
     group.add_argument(
         "--device",
         choices=["auto", "cuda", "cpu"],
@@ -58,6 +65,10 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
     _mend_help(parser)
     parser.set_defaults(**FAMILY_DEFAULTS | {"transformer_impl": None} | (defaults or {}))
     return parser
+
+
+def _find_action(parser: ArgumentParser, dest: str) -> Action:
+    return next(action for action in parser._actions if action.dest == dest)
 
 
 def _mend_help(parser: ArgumentParser) -> None:
@@ -79,7 +90,7 @@ def preview_arguments() -> Namespace:
     if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
         raise NotImplementedError(
             "yaml_cfg is not supported: Megatron's YAML reader knows its own fields only, none of "
-            "the value residual's. Give flags on the command line."
+            "this project's. Give flags on the command line."
         )
     return parse_args(extra_args_provider=add_arguments)
 
@@ -106,10 +117,7 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
     if (defaults.get("transformer_impl") or preview.transformer_impl) == "local":
         # Fused kernels of Transformer Engine and apex that the local backend does not have.
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
-    if preview.architecture == "resformer" and preview.use_distributed_optimizer:
-        # Its shared lambdas have small buckets of their own, of which some data-parallel ranks
-        # hold padding alone: Megatron's other format dies of that at the first save.
-        defaults["dist_ckpt_optim_fully_reshardable"] = True
+    defaults |= find_architecture(preview.architecture).defaults(preview)
     if not importable("fused_weight_gradient_mlp_cuda"):  # apex's; the output layer needs it
         defaults["gradient_accumulation_fusion"] = False
     if not cuda:

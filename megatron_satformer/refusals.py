@@ -12,10 +12,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
 
 from megatron_satformer.arguments import has_transformer_engine, importable
-from megatron_satformer.config import check_value_residual
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures import PLAIN, all_architectures, find_architecture
 
 TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
-NOT_GIVEN = (None, False)
+NOT_GIVEN = (None, False, "none")
 
 # Refused with every architecture: option -> reason.
 _PLAIN_TEXT = "pretrain_satformer.py trains on plain text from the start of each sample to its end"
@@ -29,36 +30,20 @@ UNSUPPORTED = {
     "logits_save_dir": _PLAIN_TEXT,
     "hybrid_context_parallel": _PLAIN_TEXT,
     "multi_latent_attention": "its values are not a plain projection of the layer's input",
-    "mtp_num_layers": "the prediction layers would need V1 behind the last stage",
+    "mtp_num_layers": "the prediction layers would need what is carried behind the last stage",
     "heterogeneous_layers_config_path": _HETEROGENEOUS,
     "heterogeneous_layers_config_encoded_json": _HETEROGENEOUS,
     "hybrid_layer_pattern": _HYBRID,
     "hybrid_override_pattern": _HYBRID,
     "is_hybrid_model": _HYBRID,
-    "experimental_attention_variant": "it replaces the attention that V1 is handed to",
-    "overlap_moe_expert_parallel_comm": "its schedule runs past the layer's forward, V1's way",
+    "experimental_attention_variant": "it replaces the attention that architectures build on",
+    "overlap_moe_expert_parallel_comm": "its schedule runs past the layer's forward",
     "moe_use_upcycling": "Megatron 0.19.2 would give the dense model experts too",
     "freeze_all_layers": "Megatron 0.19.2 ignores it where a builder makes the model",
     "apply_residual_connection_post_layernorm": "Megatron 0.19.2 no longer reads it",
     "kitchen_config_file": "Kitchen's layers have not been tried",
     "kitchen_recipe_number": "Kitchen's layers have not been tried",
     "use_kitchen_attention": "Kitchen's layers have not been tried",
-}
-# Refused where there is a value residual: option -> reason.
-_ROWS = "it treats the rows of linear_qkv by position, and gate rows are among them"
-_STATIC = "V1 would have to be a static buffer"
-WITHOUT_V1 = {
-    "use_megatron_fsdp": "its sharding does not know the fused gate rows",
-    "use_torch_fsdp2": "its sharding does not know the fused gate rows",
-    "tensor_parallel_num_weight_shards": _ROWS,
-    "qk_clip": _ROWS,
-    "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
-    "fp4_param_gather": "the fused gate rows cannot be initialised in fp4",
-    "fine_grained_activation_offloading": "it frees layer 1's values, which are V1, after use",
-    "cpu_offloading_num_layers": "V1 outlives the layers whose activations it moves away",
-    "enable_cuda_graph": _STATIC,
-    "external_cuda_graph": _STATIC,
-    "ckpt_convert_format": "only torch_dist checkpoints store gates apart",
 }
 # What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
 ENGINE_ONLY = {
@@ -88,7 +73,6 @@ SDPA_LACKS = {
     "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
 }
-ORTHOGONALISING = ("muon", "dist_muon", "adaptive_muon", "soap")
 
 
 def check_arguments(preview: Namespace, cuda: bool) -> None:
@@ -109,8 +93,7 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
             f"({preview.architecture}) chooses the layer. Leave --spec out."
         )
     _check_heads(preview)
-    if preview.architecture != "transformer":
-        _check_value_residual(preview)
+    _check_architecture(preview)
     check_model(preview, cuda)
     _check_tokenizer(preview)
     _check_async_save(preview)
@@ -273,35 +256,53 @@ def _check_experts(preview: Namespace, cuda: bool, backend: str) -> None:
         )
 
 
-def _check_value_residual(preview: Namespace) -> None:
-    if preview.num_layers is not None and not preview.use_checkpoint_args:
-        _check_groups_and_range(preview)
-    if preview.architecture == "resformer":
-        gate_options = {"value_gate": "relu", "value_gate_bias": False, "value_gate_init_std": None}
-        for option, default in gate_options.items():
-            if getattr(preview, option) != default:
+def _check_architecture(preview: Namespace) -> None:
+    """What the architecture's record declares: its options, its shapes, what it refuses."""
+    architecture = find_architecture(preview.architecture)
+    beside = f"with architecture ({architecture.name})"
+    for other in all_architectures():
+        for option, default in other.own_options.items():
+            value = getattr(preview, option)
+            if option not in architecture.own_options and value != default:
+                owners = [a.name for a in all_architectures() if option in a.own_options]
                 raise ValueError(
-                    f"{option} ({getattr(preview, option)}) must not be given with architecture "
-                    "(resformer), which has no gate. Leave it out, or use --architecture satformer."
+                    f"{option} ({value}) must not be given {beside}, which does not have it. Leave "
+                    f"it out, or use --architecture {' or '.join(owners)}."
                 )
-    reasons = dict(WITHOUT_V1)
-    # Options whose default is a word.
-    if preview.cuda_graph_impl != "none":
-        reasons["cuda_graph_impl"] = _STATIC
-    if preview.optimizer in ORTHOGONALISING:
-        reasons["optimizer"] = "it orthogonalises linear_qkv, gate rows included"
-    if preview.ckpt_format != "torch_dist":
-        reasons["ckpt_format"] = "only torch_dist checkpoints store gates apart"
-    beside = f" with architecture ({preview.architecture})"
-    _refuse(preview, reasons, beside, ", or use --architecture transformer")
+    if preview.num_layers is not None and not preview.use_checkpoint_args:
+        groups = preview.num_query_groups if preview.group_query_attention else None
+        architecture.config.check_options(
+            preview,
+            num_layers=preview.num_layers,
+            groups=groups or preview.num_attention_heads or 0,
+            tp=preview.tensor_model_parallel_size,
+        )
+    reasons = dict(architecture.refuses)
+    for option, (words, reason) in architecture.refuses_words.items():
+        if getattr(preview, option) in words:
+            reasons[option] = reason
+    _refuse(preview, reasons, f" {beside}", f", or use --architecture {PLAIN}")
 
 
-def _check_groups_and_range(preview: Namespace) -> None:
-    groups = preview.num_query_groups if preview.group_query_attention else None
-    check_value_residual(
-        architecture=preview.architecture,
-        num_layers=preview.num_layers,
-        last_k=preview.value_residual_last_k,
-        groups=groups or preview.num_attention_heads or 0,
-        tp=preview.tensor_model_parallel_size,
-    )
+def check_carry(config: DecoderConfig) -> None:
+    """Refuse what has not run, or cannot, where layers carry tensors beside hidden_states.
+
+    Args:
+        config: the model.
+
+    Raises:
+        NotImplementedError: a combination that is not supported, with the reason.
+    """
+    carries = find_architecture(config.architecture).carries(config)
+    beside = f" with architecture ({config.architecture})"
+    if carries.streams and config.distribute_saved_activations:
+        raise NotImplementedError(
+            f"distribute_saved_activations (True) is not supported{beside}: it cuts a tensor that "
+            "later layers still read. Leave it out."
+        )
+    if any(carries) and config.recompute_granularity == "full" and (config.fp8 or config.fp4):
+        raise NotImplementedError(
+            f"recompute_granularity (full) is not supported with fp8 or fp4{beside}: Transformer "
+            "Engine's checkpoint has not been tried with what is carried. Use --recompute-"
+            "granularity selective."
+        )

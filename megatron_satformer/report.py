@@ -4,12 +4,12 @@ from argparse import Namespace
 
 import torch
 
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.parameters import count_moe_layers, count_parameters
-from megatron_satformer.parallel.carry import packed_width
+from megatron_satformer.parallel.carry import boundary_widths
 
 
-def describe_run(args: Namespace, config: SATFormerConfig, cuda: bool, vocab_size: int) -> str:
+def describe_run(args: Namespace, config: DecoderConfig, cuda: bool, vocab_size: int) -> str:
     """What is about to be trained, where and how.
 
     Args:
@@ -22,7 +22,7 @@ def describe_run(args: Namespace, config: SATFormerConfig, cuda: bool, vocab_siz
         Ten lines.
     """
     lines = {
-        "architecture": _architecture(config),
+        "architecture": config.summary,
         "shape": f"{config.num_layers} layers, hidden {config.hidden_size}, ffn "
         f"{config.ffn_hidden_size}, {config.num_attention_heads} heads of {config.kv_channels}, "
         f"{config.num_query_groups} KV heads, sequence {args.seq_length}, vocabulary {vocab_size}"
@@ -33,24 +33,14 @@ def describe_run(args: Namespace, config: SATFormerConfig, cuda: bool, vocab_siz
         "schedule": f"{_length(args)}, lr {args.lr} -> {args.min_lr} {args.lr_decay_style}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "layout": _layout(args),
-        "v1 payload": _payload(args, config),
+        "payload": _payload(args, config),
         "backend": f"{config.transformer_impl}, {_device(cuda)}",
         "checkpoints": f"save {args.save or 'nowhere'}, load {args.load or 'nothing'}",
     }
     return "\n".join(f"{name:>13}: {text}" for name, text in lines.items())
 
 
-def _architecture(config: SATFormerConfig) -> str:
-    if config.architecture == "transformer":
-        return "transformer"
-    text = f"{config.architecture}, {config.num_mixing_layers} of {config.num_layers} layers mix V1"
-    if config.architecture == "resformer":
-        return text
-    bias = " with bias" if config.value_gate_bias else ""
-    return f"{text}, {config.value_gate} gate{bias}"
-
-
-def _experts(config: SATFormerConfig) -> str:
+def _experts(config: DecoderConfig) -> str:
     if config.num_moe_experts is None:
         return ""
     shared = config.moe_shared_expert_intermediate_size
@@ -61,7 +51,7 @@ def _experts(config: SATFormerConfig) -> str:
     )
 
 
-def _parameters(args: Namespace, config: SATFormerConfig, vocab_size: int) -> str:
+def _parameters(args: Namespace, config: DecoderConfig, vocab_size: int) -> str:
     learned = args.max_position_embeddings
     count = count_parameters(
         config,
@@ -71,9 +61,9 @@ def _parameters(args: Namespace, config: SATFormerConfig, vocab_size: int) -> st
     )
     return (
         f"{count.total:,} = {count.embeddings:,} embeddings + {count.layers:,} layers + "
-        f"{count.value_residual:,} value residual"
-        + f"; {count.active:,} used by one token"
-        * bool(count.idle)
+        f"{count.own:,} of {config.architecture} alone"
+        * bool(count.own)
+        + f"; {count.active:,} used by one token" * bool(count.idle)
     )
 
 
@@ -101,17 +91,18 @@ def _is_virtual(args: Namespace) -> bool:
     return args.virtual_pipeline_model_parallel_size is not None
 
 
-def _payload(args: Namespace, config: SATFormerConfig) -> str:
+def _payload(args: Namespace, config: DecoderConfig) -> str:
     if args.pipeline_model_parallel_size == 1:
         return "no stage boundary"
     rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
     if config.sequence_parallel:
         rows //= args.tensor_model_parallel_size
-    width, hidden = packed_width(config), config.hidden_size
-    size = rows * width * config.pipeline_dtype.itemsize
+    widths, hidden = boundary_widths(config), config.hidden_size
+    sizes = [rows * width * config.pipeline_dtype.itemsize / 2**20 for width in widths]
+    each = ", ".join(f"{width} ({width / hidden:.2f}x)" for width in widths)
     return (
-        f"{width} elements per row instead of {hidden} ({width / hidden:.2f}x), "
-        f"{size / 2**20:.2f} MiB per boundary, micro-batch and rank, each way"
+        f"{each} elements per row at {len(widths)} boundaries, where hidden states alone take "
+        f"{hidden}; at most {max(sizes):.2f} MiB per micro-batch and rank, each way"
     )
 
 

@@ -1,9 +1,8 @@
 """Builds the model: Megatron's GPTModel over this project's layer specs.
 
-Must not know: args, data, how V1 crosses pipeline stages (the layer class is handed in).
+Must not know: args, data, how what layers carry crosses pipeline stages.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,31 +10,24 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_satformer.model.architectures.resformer import attach_shared_lambdas
-from megatron_satformer.model.layer import ValueResidualLayer
+from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.specs import build_block_spec
 
 
 @dataclass(kw_only=True)
-class SATFormerModelConfig(GPTModelConfig):
-    """GPTModelConfig whose `transformer` is a SATFormerConfig."""
+class DecoderModelConfig(GPTModelConfig):
+    """GPTModelConfig whose `transformer` is a DecoderConfig."""
 
-    builder: ClassVar[str] = "megatron_satformer.model.builder.SATFormerModelBuilder"
-
-
-def layer_spec_builder(residual_layer: type[ValueResidualLayer]) -> Callable[..., Any]:
-    """A `GPTModelConfig.transformer_layer_spec` that builds layers of the given class."""
-
-    def build(model_config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        return build_block_spec(
-            model_config.transformer, vp_stage=vp_stage, residual_layer=residual_layer
-        )
-
-    return build
+    builder: ClassVar[str] = "megatron_satformer.model.builder.DecoderModelBuilder"
 
 
-class SATFormerModelBuilder(GPTModelBuilder):
-    """GPTModelBuilder that also gives ResFormer its shared lambdas."""
+def build_layer_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+    """A `GPTModelConfig.transformer_layer_spec`."""
+    return build_block_spec(model_config.transformer, vp_stage=vp_stage)
+
+
+class DecoderModelBuilder(GPTModelBuilder):
+    """GPTModelBuilder that also calls the architecture's `finish`."""
 
     # GPTModelBuilder.build_model, 0.19.2: the one place that sees every pipeline chunk before
     # it is wrapped for data parallelism.
@@ -48,10 +40,8 @@ class SATFormerModelBuilder(GPTModelBuilder):
     ) -> GPTModel:
         """One pipeline chunk of the model; arguments as Megatron's."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
-        config = self._model_config.transformer
-        if config.architecture == "resformer":
+        finish = find_architecture(self._model_config.transformer.architecture).finish
+        if finish is not None:
             stages = pg_collection.pp
-            attach_shared_lambdas(
-                model.decoder, config, (vp_stage or 0) * stages.size() + stages.rank()
-            )
+            finish(model, (vp_stage or 0) * stages.size() + stages.rank())
         return model

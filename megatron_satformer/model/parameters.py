@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures import find_architecture
 
 
 @dataclass(frozen=True)
@@ -12,19 +13,19 @@ class ParameterCount:
     Attributes:
         embeddings: word, position and output layer.
         layers: attention, MLPs, all experts with their router, and norms, the final one included.
-        value_residual: gates or lambdas.
+        own: what the architecture adds to a plain Transformer.
         idle: those of `layers` in experts that one token is not routed to.
     """
 
     embeddings: int
     layers: int
-    value_residual: int
+    own: int
     idle: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.embeddings + self.layers + self.value_residual
+        return self.embeddings + self.layers + self.own
 
     @property
     def active(self) -> int:
@@ -33,7 +34,7 @@ class ParameterCount:
 
 
 def count_parameters(
-    config: SATFormerConfig,
+    config: DecoderConfig,
     padded_vocab_size: int,
     share_embeddings: bool = True,
     learned_positions: int = 0,
@@ -70,16 +71,17 @@ def count_parameters(
         layers += moe * (config.num_moe_experts * expert + _around_experts(config))
         idle = moe * (config.num_moe_experts - config.moe_router_topk) * expert
     embeddings = h * (padded_vocab_size * (1 if share_embeddings else 2) + learned_positions)
-    return ParameterCount(embeddings, layers, _value_residual(config), idle)
+    own = find_architecture(config.architecture).count_parameters(config)
+    return ParameterCount(embeddings, layers, own, idle)
 
 
-def _mlp(config: SATFormerConfig, ffn: int, hidden: int | None = None) -> int:
+def _mlp(config: DecoderConfig, ffn: int, hidden: int | None = None) -> int:
     h = hidden or config.hidden_size
     bias = int(config.add_bias_linear)
     return ffn * (2 if config.gated_linear_unit else 1) * (h + bias) + h * (ffn + bias)
 
 
-def count_moe_layers(config: SATFormerConfig) -> int:
+def count_moe_layers(config: DecoderConfig) -> int:
     """How many layers have experts."""
     if config.num_moe_experts is None:
         return 0
@@ -87,7 +89,7 @@ def count_moe_layers(config: SATFormerConfig) -> int:
     return sum(every) if isinstance(every, list) else -(-config.num_layers // every)
 
 
-def _around_experts(config: SATFormerConfig) -> int:
+def _around_experts(config: DecoderConfig) -> int:
     """Router, shared experts and latent projections of one layer."""
     h, bias = config.hidden_size, int(config.add_bias_linear)
     count = config.num_moe_experts * (h + bias)
@@ -97,12 +99,3 @@ def _around_experts(config: SATFormerConfig) -> int:
     if config.moe_latent_size:
         count += config.moe_latent_size * (h + bias) + h * (config.moe_latent_size + bias)
     return count
-
-
-def _value_residual(config: SATFormerConfig) -> int:
-    mixing = config.num_mixing_layers
-    if config.architecture == "satformer":
-        return mixing * config.num_query_groups * (config.hidden_size + config.value_gate_bias)
-    if config.architecture == "resformer":
-        return 2 * mixing + 1  # lambda_logits and lambda2 per mixing layer, one lambda_scale
-    return 0

@@ -1,6 +1,7 @@
 """Layer specs: which modules make one layer, for Transformer Engine and for the local backend.
 
-An architecture is one file and one line in `ATTENTION`. Must not know: args, training.
+The architecture's record names its attention, its layer and what else it changes. Must not know:
+args, training.
 """
 
 from dataclasses import replace
@@ -11,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -20,30 +20,18 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.model.architectures.resformer import ResFormerAttention
-from megatron_satformer.model.architectures.satformer import SATFormerAttention
-from megatron_satformer.model.layer import ValueResidualLayer
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.norm import build_norm
 from megatron_satformer.model.sdpa import ScaledDotProductAttention
 
-ATTENTION: dict[str, type[SelfAttention]] = {
-    "transformer": SelfAttention,
-    "resformer": ResFormerAttention,
-    "satformer": SATFormerAttention,
-}
-
 
 def build_block_spec(
-    config: SATFormerConfig,
+    config: DecoderConfig,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
-    residual_layer: type[ValueResidualLayer] = ValueResidualLayer,
 ) -> TransformerBlockSubmodules:
     """Spec of the decoder layers of one pipeline chunk and of the final norm.
 
@@ -51,9 +39,8 @@ def build_block_spec(
         config: the model; `transformer_impl` chooses the backend.
         vp_stage: virtual pipeline stage of the chunk.
         pp_rank: pipeline rank; default: this process's.
-        residual_layer: layer class for the architectures with a value residual.
     """
-    layer = TransformerLayer if config.architecture == "transformer" else residual_layer
+    layer = find_architecture(config.architecture).layer
     return TransformerBlockSubmodules(
         layer_specs=[
             ModuleSpec(module=layer, submodules=_adapt(spec.submodules, config))
@@ -64,7 +51,7 @@ def build_block_spec(
 
 
 def _megatron_layers(
-    config: SATFormerConfig, vp_stage: int | None, pp_rank: int | None
+    config: DecoderConfig, vp_stage: int | None, pp_rank: int | None
 ) -> list[ModuleSpec]:
     """Megatron's own spec of every layer of the chunk, chosen as its GPT builder does (0.19.2)."""
     if config.num_moe_experts is not None:
@@ -98,7 +85,7 @@ def _megatron_layers(
 
 
 def _adapt(
-    submodules: TransformerLayerSubmodules, config: SATFormerConfig
+    submodules: TransformerLayerSubmodules, config: DecoderConfig
 ) -> TransformerLayerSubmodules:
     """Megatron's submodules with the architecture's attention and, locally, our norms and SDPA."""
     attention = submodules.self_attention.submodules
@@ -116,14 +103,15 @@ def _adapt(
             keys = dict(submodules.sharded_state_dict_keys_map)
             del keys["pre_mlp_layernorm."]
             changes["sharded_state_dict_keys_map"] = keys
-    module = ATTENTION[config.architecture]
+    architecture = find_architecture(config.architecture)
     changes["self_attention"] = replace(
-        submodules.self_attention, module=module, submodules=attention
+        submodules.self_attention, module=architecture.attention, submodules=attention
     )
-    return replace(submodules, **changes)
+    adapted = replace(submodules, **changes)
+    return adapted if architecture.adapt is None else architecture.adapt(adapted, config)
 
 
-def _is_local(config: SATFormerConfig) -> bool:
+def _is_local(config: DecoderConfig) -> bool:
     return config.transformer_impl == "local"
 
 

@@ -1,11 +1,11 @@
-"""V1 across pipeline stages: pack, unpack, and which boundary is how wide.
+"""What layers carry, across pipeline stages: pack, unpack, and which boundary is how wide.
 
-Between stages travels one tensor, [hidden | V1] along the last axis, so Megatron's schedules,
-recompute and TransformerBlock stay as they are, and V1's gradient comes back by plain autograd.
-The same tensor-parallel rank packs and unpacks, so any bijection of the V1 elements will do:
+Between stages travels one tensor, hidden_states and all that is carried one behind the other, so
+Megatron's schedules, recompute and TransformerBlock stay as they are, and every gradient comes
+back by plain autograd. The same tensor-parallel rank packs and unpacks. Elements per row:
 
-    without sequence parallel   hidden [s, b, h],     V1 [s, b, kv/tp]                 h + kv/tp
-    with sequence parallel      hidden [s/tp, b, h],  V1 viewed as [s/tp, b, kv]       h + kv
+    h (1 + streams) + heads kv / tp      rows are s
+    h (1 + streams) + heads kv           rows are s/tp, under sequence parallelism
 
 A chunk is what one rank runs in one go: a pipeline stage, or one of its virtual stages.
 
@@ -14,30 +14,39 @@ rank.
 """
 
 from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.architectures.record import Carry
 
 
-def packed_width(config: SATFormerConfig) -> int:
-    """Last axis of [hidden | V1] on one rank: h for transformer, h + kv or h + kv/tp else."""
-    return config.hidden_size + carried_width(config)
+def carry_behind(config: DecoderConfig, n: int) -> Carry:
+    """What crosses the boundary behind n layers beside hidden_states."""
+    return find_architecture(config.architecture).carry_behind(config, n)
 
 
-def carried_width(config: SATFormerConfig) -> int:
-    """Elements of V1 per row of the packed tensor, on one tensor-parallel rank."""
-    if config.architecture == "transformer":
-        return 0
-    if config.sequence_parallel:
-        return config.kv_projection_size
-    return config.kv_projection_size // config.tensor_model_parallel_size
+def boundary_width(config: DecoderConfig, n: int) -> int:
+    """Last axis, on one rank, of what crosses the boundary behind n layers."""
+    carry = carry_behind(config, n)
+    kv = config.kv_projection_size
+    if not config.sequence_parallel:
+        kv //= config.tensor_model_parallel_size
+    return config.hidden_size * (1 + carry.streams) + kv * carry.heads
 
 
-def chunk_layers(config: SATFormerConfig) -> list[range]:
+def boundary_widths(config: DecoderConfig) -> list[int]:
+    """`boundary_width` of every boundary between two chunks, in the order the model runs them."""
+    return [boundary_width(config, layers.stop - 1) for layers in chunk_layers(config)[:-1]]
+
+
+def chunk_layers(config: DecoderConfig) -> list[range]:
     """Layer numbers (1-based) of every pipeline chunk, in the order the model runs them.
 
     Chunk vp_stage * pipeline_model_parallel_size + pp_rank; it may hold no layer at all. Needs no
@@ -57,7 +66,7 @@ def chunk_layers(config: SATFormerConfig) -> list[range]:
     return [range(a + 1, b + 1) for a, b in pairwise(accumulate(counts, initial=0))]
 
 
-def check_ranks_hold_something(config: SATFormerConfig) -> None:
+def check_ranks_hold_something(config: DecoderConfig) -> None:
     """Refuse a pipeline rank without any parameter, which Megatron (0.19.2) cannot load.
 
     Args:
@@ -78,51 +87,45 @@ def check_ranks_hold_something(config: SATFormerConfig) -> None:
             )
 
 
-def boundary_is_packed(config: SATFormerConfig, layers_before: int) -> bool:
-    """Whether [hidden | V1] crosses the boundary behind so many layers, or hidden alone.
-
-    Before layer 1 there is no V1, and behind the last layer nobody reads it. Megatron's interleaved
-    schedule receives everything in one shape, so there all boundaries are alike: zeros fill the
-    place of V1 before layer 1.
-    """
-    if config.architecture == "transformer":
-        return False
-    interleaved = config.virtual_pipeline_model_parallel_size is not None
-    return interleaved or 0 < layers_before < config.num_layers
-
-
-def boundary_width(config: SATFormerConfig, layers_before: int) -> int:
-    """Last axis of what crosses the boundary behind so many layers."""
-    packed = boundary_is_packed(config, layers_before)
-    return packed_width(config) if packed else config.hidden_size
-
-
-def pack(hidden_states: Tensor, v1: Tensor) -> Tensor:
-    """[hidden | V1].
+def pack(hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Tensor:
+    """One tensor, its parts one behind the other in memory, so that unpacking needs no copies.
 
     Args:
         hidden_states: [s, b, h], or [s/tp, b, h] under sequence parallelism.
-        v1: [s, b, ng/tp, hn].
+        carried: streams like hidden_states first, then heads [s, b, ng/tp, hn].
 
     Returns:
-        [s, b, h + kv/tp], or [s/tp, b, h + kv] under sequence parallelism.
+        [s, b, width], or [s/tp, b, width] under sequence parallelism, in the dtype of
+        hidden_states. Rows of it mean nothing.
     """
     rows, batch, _ = hidden_states.shape
-    return torch.cat([hidden_states, v1.reshape(rows, batch, -1)], dim=-1)
+    parts = [part.to(hidden_states.dtype).reshape(-1) for part in (hidden_states, *carried)]
+    packed = torch.cat(parts).view(rows, batch, -1)
+    # The schedule frees the output after sending it and refuses views.
+    return make_viewless_tensor(packed, requires_grad=packed.requires_grad, keep_graph=True)
 
 
-def unpack(packed: Tensor, config: SATFormerConfig) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack`; both results are contiguous and free of the packed buffer.
+def unpack(
+    packed: Tensor, config: DecoderConfig, carry: Carry
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Inverse of `pack`: contiguous views of the received buffer, which the schedule keeps anyway.
 
     Args:
         packed: as `pack` returns it.
         config: gives h, hn and the parallel sizes.
+        carry: what is in it.
 
     Returns:
-        hidden_states and v1, as `pack` took them; v1 in the dtype of the parameters again, where
-        the residual stream travels in fp32 (--fp32-residual-connection).
+        hidden_states and what was carried, as `pack` took them; heads in the dtype of the
+        parameters again, where the residual stream travels in fp32 (--fp32-residual-connection).
     """
-    hidden_states, flat = packed.split([config.hidden_size, carried_width(config)], dim=-1)
-    groups = config.num_query_groups // config.tensor_model_parallel_size
-    v1 = flat.reshape(-1, packed.size(1), groups, config.kv_channels)
-    return hidden_states.contiguous(), v1.to(config.params_dtype).contiguous()
+    rows, batch, _ = packed.shape
+    tp = config.tensor_model_parallel_size
+    sequence = rows * tp if config.sequence_parallel else rows
+    stream = (rows, batch, config.hidden_size)
+    head = (sequence, batch, config.num_query_groups // tp, config.kv_channels)
+    shapes = [stream] * (1 + carry.streams) + [head] * carry.heads
+    parts = packed.reshape(-1).split([prod(shape) for shape in shapes])
+    tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    heads = [tensor.to(config.params_dtype) for tensor in tensors[1 + carry.streams :]]
+    return tensors[0], (*tensors[1 : 1 + carry.streams], *heads)

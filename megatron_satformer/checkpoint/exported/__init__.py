@@ -1,1 +1,4 @@
-"""The files of an exported folder, copied as they are: they import nothing of this package."""
+"""Models for Hugging Face transformers: they import torch and transformers, and nothing of ours.
+
+An export holds all that its class needs in one file, see `checkpoint/hugging_face/code.py`.
+"""

@@ -1,114 +1,34 @@
-"""Configuration of SATFormer, ResFormer and Transformer decoders for Hugging Face transformers.
+"""Configuration of SATFormer (arXiv 2605.03953) for Hugging Face transformers."""
 
-This file is copied into every exported folder: it imports transformers and nothing else.
-Needs transformers >= 5.4.
-"""
-
-from dataclasses import is_dataclass
 from typing import ClassVar
 
-from transformers import PreTrainedConfig, __version__
+from .configuration_decoder import DecoderConfig
+from .configuration_value_residual import ValueResidualConfig
 
-if not is_dataclass(PreTrainedConfig):
-    raise ImportError(
-        f"transformers ({__version__}) must be 5.4.0 or newer, where configurations became "
-        "dataclasses. Upgrade it: pip install -U transformers."
-    )
-
-ARCHITECTURES = ("transformer", "resformer", "satformer")
 VALUE_GATES = ("relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity")
 
 
-class SATFormerConfig(PreTrainedConfig):
-    """Shape and options of a pre-norm decoder with a value residual.
-
-    The fields that Llama has mean what they mean there; what differs:
+class SATFormerConfig(ValueResidualConfig):
+    """ValueResidualConfig with a gate.
 
     Attributes:
-        architecture: "transformer" (plain), "resformer" (static) or "satformer" (gated).
-        value_gate: Function from gate logits to alpha, one of `VALUE_GATES`. satformer only.
+        value_gate: Function from gate logits to alpha, one of `VALUE_GATES`.
         value_gate_bias: Whether the gate projection has a bias.
-        value_residual_last_k: Only the last k layers mix the first layer's values, 1 <= k <= L - 1;
-            None means all layers but the first, which never mixes.
-        qk_norm: RMSNorm over the head dim of queries and keys, before the rotary embedding.
-        qk_norm_eps: Its epsilon; None means rms_norm_eps, that of the other norms.
-        attention_bias: Bias on the q, k and v projections; the output projection never has one.
     """
 
     model_type = "satformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # no base_model_pp_plan: a stage hands on the hidden states alone, and V1 would be lost
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.value_gate": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
+    base_model_tp_plan: ClassVar[dict[str, str]] = DecoderConfig.base_model_tp_plan | {
+        "layers.*.self_attn.value_gate": "colwise"
     }
 
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 11
-    num_attention_heads: int = 12
-    num_key_value_heads: int = None  # type: ignore[assignment]  # None: num_attention_heads
-    head_dim: int = None  # type: ignore[assignment]  # None: hidden_size / num_attention_heads
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = True
-    rope_parameters: dict | None = None
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    mlp_bias: bool = False
-    qk_norm: bool = True
-    qk_norm_eps: float | None = None
     architecture: str = "satformer"
     value_gate: str = "relu"
     value_gate_bias: bool = False
-    value_residual_last_k: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})."
-            )
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture ({self.architecture}) must be one of {ARCHITECTURES}.")
         if self.value_gate not in VALUE_GATES:
             raise ValueError(f"value_gate ({self.value_gate}) must be one of {VALUE_GATES}.")
-        last_k = self.value_residual_last_k
-        if last_k is not None and not 1 <= last_k < self.num_hidden_layers:
-            raise ValueError(
-                f"value_residual_last_k ({last_k}) must be at least 1 and less than "
-                f"num_hidden_layers ({self.num_hidden_layers})."
-            )
         super().__post_init__(**kwargs)
-
-    @property
-    def mixing_layers(self) -> range:
-        """Indices (0-based) of the layers that mix V1 into their values; never the first layer."""
-        if self.architecture == "transformer":
-            return range(0)
-        last_k = self.value_residual_last_k
-        return range(
-            1 if last_k is None else self.num_hidden_layers - last_k, self.num_hidden_layers
-        )
 
 
 SATFormerConfig.register_for_auto_class()

@@ -9,20 +9,44 @@ chunk holds a copy, Megatron sums the copies' gradients over stages.
 Shapes: s sequence, b micro-batch, ng KV heads, hn head dim, m mixing layers; "/tp": per rank.
 """
 
+from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor
+from megatron_satformer.model.architectures.value_residual import (
+    REFUSES,
+    ValueResidualAttention,
+    ValueResidualConfig,
+    ValueResidualLayer,
+    ValueResidualOptions,
+    carry_v1,
+    mixes,
+)
 
 LAMBDA2_INIT = 0.5
+
+
+@dataclass
+class ResFormerConfig(ValueResidualConfig):
+    """ValueResidualConfig with static weights of V1."""
+
+    architecture: str = "resformer"
+
+    def __post_init__(self) -> None:
+        # The lambdas are shared by all stages: Megatron sums the gradients of parameters marked
+        # `pipeline_parallel` over stages when the config has this attribute.
+        self.has_cond_embedder = True
+        super().__post_init__()
 
 
 class ResFormerAttention(ValueResidualAttention):
@@ -30,7 +54,7 @@ class ResFormerAttention(ValueResidualAttention):
 
     def __init__(
         self,
-        config: SATFormerConfig,
+        config: ResFormerConfig,
         submodules: SelfAttentionSubmodules,
         layer_number: int,
         *args: Any,
@@ -60,7 +84,7 @@ class SharedLambdas(MegatronModule):
             gradient norm.
     """
 
-    def __init__(self, config: SATFormerConfig, tp_group: ProcessGroup, copy: int) -> None:
+    def __init__(self, config: ResFormerConfig, tp_group: ProcessGroup, copy: int) -> None:
         super().__init__(config)
         self.first = config.num_layers - config.num_mixing_layers + 1  # first layer that mixes
         self.tp_group = tp_group
@@ -92,17 +116,17 @@ class SharedLambdas(MegatronModule):
         }
 
 
-def attach_shared_lambdas(decoder: Any, config: SATFormerConfig, copy: int) -> None:
+def attach_shared_lambdas(chunk: GPTModel, place: int) -> None:
     """Give one pipeline chunk its copy of the shared lambdas.
 
     Every chunk has one, also where no layer mixes: Megatron sums their gradients over all stages.
 
     Args:
-        decoder: the chunk's TransformerBlock.
-        config: the model's config.
-        copy: see `SharedLambdas`.
+        chunk: not wrapped yet.
+        place: its number in the model; see `SharedLambdas`.
     """
-    decoder.value_residual = SharedLambdas(config, decoder.pg_collection.tp, copy)
+    decoder = chunk.decoder
+    decoder.value_residual = SharedLambdas(chunk.config, decoder.pg_collection.tp, place)
     mixing = [layer.self_attention for layer in decoder.layers if layer.self_attention.mixes]
     for attention in mixing:
         attention._shared = (decoder.value_residual,)
@@ -132,7 +156,7 @@ class _WithoutEffect(torch.autograd.Function):
         return gradient, torch.zeros_like(*ctx.saved_tensors)
 
 
-def _scalar(config: SATFormerConfig, size: int, init: float) -> torch.nn.Parameter:
+def _scalar(config: ResFormerConfig, size: int, init: float) -> torch.nn.Parameter:
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     full = torch.full((size,), init, dtype=config.params_dtype, device=device)
     parameter: Any = torch.nn.Parameter(full)
@@ -154,3 +178,54 @@ def _summed_over_heads(parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
     scaled = parameter.view_as(parameter)
     scaled.register_hook(lambda gradient: gradient * size)
     return scaled
+
+
+def own_tensors(options: Any, n: int) -> list[OwnTensor]:
+    """lambda2 of layer n; the lambdas of the whole model for n = 0."""
+    if n == 0:
+        m = sum(mixes(options, layer) for layer in range(1, options.num_layers + 1))
+        sizes = {"lambda_logits": m, "lambda_scale": 1}
+        return [
+            OwnTensor(f"value_residual.{name}", (f"value_residual.{name}",), (size,), fp32=True)
+            for name, size in sizes.items()
+        ]
+    if not mixes(options, n):
+        return []
+    return [
+        OwnTensor("self_attention.value_lambda2", ("self_attn.value_lambda2",), (1,), fp32=True)
+    ]
+
+
+def _defaults(preview: Namespace) -> dict[str, Any]:
+    # The shared lambdas have small buckets of their own, of which some data-parallel ranks hold
+    # padding alone: Megatron's other format dies of that at the first save.
+    return {"dist_ckpt_optim_fully_reshardable": True} if preview.use_distributed_optimizer else {}
+
+
+_SHARED = "it has not been tried with lambdas that all stages share"
+_FAR = "its lambdas start far from a Transformer's"
+RESFORMER = Architecture(
+    name="resformer",
+    source="arXiv 2410.17897",
+    equation=(
+        "V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n"
+        "lambda1_n = lambda_scale * softmax(lambda_logits)_n"
+    ),
+    about=(
+        "V_1 are the values of the first layer. The KV cache holds V', so decoding costs what it "
+        "costs a\nplain Transformer. ResFormer is described in arXiv 2410.17897."
+    ),
+    twin="megatron_satformer.model.reference.resformer:ResFormer",
+    exported="megatron_satformer.checkpoint.exported.modeling_resformer:ResFormerForCausalLM",
+    config=ResFormerConfig,
+    options=ValueResidualOptions,
+    attention=ResFormerAttention,
+    layer=ValueResidualLayer,
+    carry=carry_v1,
+    tensors=own_tensors,
+    finish=attach_shared_lambdas,
+    refuses=REFUSES | {"use_megatron_fsdp": _SHARED, "use_torch_fsdp2": _SHARED},
+    defaults=_defaults,
+    zero_start=lambda options: f"{_FAR}.",
+    from_transformer=_FAR,
+)

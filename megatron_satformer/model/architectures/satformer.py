@@ -12,8 +12,8 @@ Checkpoints hold the pieces apart and know neither padding nor parallelism.
 Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim; "/tp": per rank.
 """
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -27,11 +27,77 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from torch import Tensor
 
-from megatron_satformer.config import SATFormerConfig
-from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor
+from megatron_satformer.model.architectures.value_residual import (
+    REFUSES,
+    ValueResidualAttention,
+    ValueResidualConfig,
+    ValueResidualLayer,
+    ValueResidualOptions,
+    carry_v1,
+    mixes,
+)
 from megatron_satformer.model.gates import apply_gate
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
+VALUE_GATES = ("relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity")
+STARTS_SHUT = ("tanh", "identity")  # 0 at 0, with a gradient there
+
+
+@dataclass
+class SATFormerOptions(ValueResidualOptions):
+    """SATFormer's own options."""
+
+    value_gate: Literal["relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity"] = (
+        "relu"
+    )
+    """Gate function of satformer. The softmax forms run over all KV heads of the model and are
+    scaled by their number."""
+
+    value_gate_bias: bool = False
+    """Give the gate projection a bias (initialised to 0)."""
+
+    value_gate_init_std: float | None = None
+    """Standard deviation of the gate projection at init. Default: that of the other weights
+    (--init-method-std). 0 starts as a plain Transformer with tanh and identity; relu gates would
+    never open, having no gradient at 0, and the others start open."""
+
+
+@dataclass
+class SATFormerConfig(ValueResidualConfig, SATFormerOptions):
+    """ValueResidualConfig with gates."""
+
+    architecture: str = "satformer"
+
+    @property
+    def summary(self) -> str:
+        """As DecoderConfig's."""
+        bias = " with bias" if self.value_gate_bias else ""
+        return f"{super().summary}, {self.value_gate} gate{bias}"
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with gates whose projection starts at exactly 0."""
+        why = why_not_from_zero(self)
+        if self.value_gate_init_std != 0 or why is None:
+            return None
+        way = ""
+        if self.value_gate == "relu":
+            way = (
+                " Use --value-gate tanh or identity, which start at 0 and learn, or a small "
+                "--value-gate-init-std (1e-3)."
+            )
+        return f"value_gate ({self.value_gate}) with value_gate_init_std (0): {why}{way}"
+
+
+def why_not_from_zero(options: Any) -> str | None:
+    """Why gates whose projection is 0 do not start as a Transformer and learn; None: they do."""
+    gate = options.value_gate
+    if gate in STARTS_SHUT:
+        return None
+    if gate == "relu":
+        return "relu has no gradient at 0 and would never open."
+    return f"{gate} starts open. Only {' and '.join(STARTS_SHUT)} start at 0 and learn."
 
 
 class SATFormerAttention(ValueResidualAttention):
@@ -172,6 +238,18 @@ def _transformer_was_read(attention: SATFormerAttention, _: Any) -> None:
     attention.config.expect_transformer(False)
 
 
+def own_tensors(options: Any, n: int) -> list[OwnTensor]:
+    """Gate projection of layer n."""
+    if not mixes(options, n):
+        return []
+    gate, heads = "self_attention.value_gate", options.num_query_groups
+    weight = OwnTensor(
+        f"{gate}.weight", ("self_attn.value_gate.weight",), (heads, options.hidden_size)
+    )
+    bias = OwnTensor(f"{gate}.bias", ("self_attn.value_gate.bias",), (heads,))
+    return [weight, bias] if options.value_gate_bias else [weight]
+
+
 def _padding(rows: int) -> int:
     return -rows % ROW_MULTIPLE
 
@@ -186,3 +264,48 @@ def _widened(linear_qkv: Any) -> Any:
         return linear_qkv(hidden_size, (rows + _padding(rows)) * tp, config=config, **kwargs)
 
     return build
+
+
+_ROWS = "it treats the rows of linear_qkv by position, and gate rows are among them"
+_FUSED = "its sharding does not know the fused gate rows"
+_FORMAT = "only torch_dist checkpoints store gates apart"
+SATFORMER = Architecture(
+    name="satformer",
+    source="arXiv 2605.03953",
+    equation=(
+        "V'_n = V_n + alpha_n V_1, in layers n that mix\n"
+        "alpha_n = {config.value_gate}(W_gate,n x_n), one scalar per token and KV head"
+    ),
+    about=(
+        "V_1 are the values of the first layer. The KV cache holds V', so decoding costs what it "
+        "costs a\nplain Transformer. SATFormer is described in arXiv 2605.03953."
+    ),
+    twin="megatron_satformer.model.reference.satformer:SATFormer",
+    exported="megatron_satformer.checkpoint.exported.modeling_satformer:SATFormerForCausalLM",
+    config=SATFormerConfig,
+    options=SATFormerOptions,
+    attention=SATFormerAttention,
+    layer=ValueResidualLayer,
+    carry=carry_v1,
+    tensors=own_tensors,
+    refuses=REFUSES
+    | {
+        "use_megatron_fsdp": _FUSED,
+        "use_torch_fsdp2": _FUSED,
+        "tensor_parallel_num_weight_shards": _ROWS,
+        "qk_clip": _ROWS,
+        "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
+        "fp4_param_gather": "the fused gate rows cannot be initialised in fp4",
+        "ckpt_convert_format": _FORMAT,
+    },
+    refuses_words={
+        "optimizer": (
+            ("muon", "dist_muon", "adaptive_muon", "soap"),
+            "it orthogonalises linear_qkv, gate rows included",
+        ),
+        "ckpt_format": (("torch", "torch_dcp", "fsdp_dtensor"), _FORMAT),
+    },
+    zero_start=why_not_from_zero,
+    start_options={"value_gate": "tanh"},
+    gates="alpha [batch, sequence, KV heads] of each layer\nthat mixes",
+)

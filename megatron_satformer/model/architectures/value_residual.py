@@ -1,20 +1,95 @@
-"""Self-attention whose values may read V1, the value projection of layer 1.
+"""What SATFormer and ResFormer share: values that may read V1, the value projection of layer 1.
 
-Megatron's SelfAttention does everything; this file only hands V1 in and out of one call and lets
-an architecture blend it into V before attention and KV cache see V. Must not know: pipeline
-stages, gates.
+Megatron's SelfAttention and TransformerLayer do everything; this file only hands V1 from layer to
+layer, in and out of one call of attention, and lets an architecture blend it into V before
+attention and KV cache see V. Must not know: pipeline stages, gates.
 
 Shapes: s sequence, b micro-batch, ng KV heads, hn head dim; "/tp" marks what a rank holds.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures.record import Carry
+
+# Megatron option -> why it cannot be used where V1 is carried.
+_STATIC = "V1 would have to be a static buffer"
+REFUSES = {
+    "fine_grained_activation_offloading": "it frees layer 1's values, which are V1, after use",
+    "cpu_offloading_num_layers": "V1 outlives the layers whose activations it moves away",
+    "enable_cuda_graph": _STATIC,
+    "external_cuda_graph": _STATIC,
+    "cuda_graph_impl": _STATIC,
+}
+
+
+@dataclass
+class ValueResidualOptions:
+    """Options of the architectures that add V1 to the values of later layers."""
+
+    value_residual_last_k: int | None = None
+    """Mix V1 into the last k layers only, 1 <= k <= num_layers - 1. Default: into all but the
+    first."""
+
+
+def mixes(options: Any, n: int) -> bool:
+    """Whether layer n (1-based) mixes V1 into its values; n = 0 stands for no layer."""
+    last_k = options.value_residual_last_k or options.num_layers - 1
+    return n > max(1, options.num_layers - last_k)
+
+
+def carry_v1(config: DecoderConfig, n: int) -> Carry:
+    """V1 crosses every boundary between layers."""
+    return Carry(heads=1)
+
+
+@dataclass
+class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
+    """DecoderConfig of a model whose layers read V1."""
+
+    layers_alike: ClassVar[bool] = False  # layer 1 mixes nothing in
+
+    @classmethod
+    def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
+        """Refuse depths and tensor-parallel sizes that V1 cannot serve."""
+        last_k = options.value_residual_last_k
+        if last_k is not None and not 1 <= last_k < num_layers:
+            raise ValueError(
+                f"value_residual_last_k ({last_k}) must be at least 1 and less than num_layers "
+                f"({num_layers}). Leave it out to mix into every layer but the first."
+            )
+        if num_layers < 2:
+            raise ValueError(
+                f"num_layers ({num_layers}) must be at least 2 for architecture "
+                f"({options.architecture}): layer 1 makes V1 and later layers mix it in."
+            )
+        if groups % tp:
+            sizes = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+            raise ValueError(
+                f"num_query_groups ({groups}) must be a multiple of tensor_model_parallel_size "
+                f"({tp}): V1 is sharded by KV head. Use TP {' or '.join(sizes)}."
+            )
+
+    def mixes(self, n: int) -> bool:
+        """Whether layer n (1-based) mixes V1 into its values."""
+        return mixes(self, n)
+
+    @property
+    def num_mixing_layers(self) -> int:
+        """Number of layers that mix V1 in."""
+        return sum(self.mixes(n) for n in range(1, self.num_layers + 1))
+
+    @property
+    def summary(self) -> str:
+        """As DecoderConfig's."""
+        return f"{self.architecture}, {self.num_mixing_layers} of {self.num_layers} layers mix V1"
 
 
 class ValueResidualAttention(SelfAttention):
@@ -23,10 +98,15 @@ class ValueResidualAttention(SelfAttention):
     An architecture subclasses it and implements `blend`.
     """
 
-    config: SATFormerConfig
+    config: ValueResidualConfig
 
     def __init__(
-        self, config: SATFormerConfig, submodules: Any, layer_number: int, *args: Any, **kwargs: Any
+        self,
+        config: ValueResidualConfig,
+        submodules: Any,
+        layer_number: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.makes_v1 = layer_number == 1
@@ -68,3 +148,30 @@ class ValueResidualAttention(SelfAttention):
         elif self.mixes:
             value = self.blend(value, self.v1)
         return query, key, value, *rest
+
+
+class ValueResidualLayer(TransformerLayer):
+    """TransformerLayer over a ValueResidualAttention; `context` is (V1,) behind layer 1."""
+
+    # TransformerLayer._forward_attention, 0.19.2: it does not hand `context` to self-attention.
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        context: tuple[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor]]:
+        """Attention half of the layer.
+
+        Args:
+            hidden_states: [s, b, h] ([s/tp, b, h] under sequence parallelism).
+            *args: as Megatron's.
+            context: V1 [s, b, ng/tp, hn], None in layer 1.
+            **kwargs: as Megatron's.
+
+        Returns:
+            hidden_states as given, and V1 for the next layer.
+        """
+        with self.self_attention.holding(context[0] if context else None) as attention:
+            hidden_states, _ = super()._forward_attention(hidden_states, *args, **kwargs)
+            return hidden_states, (attention.v1,)

@@ -1,0 +1,341 @@
+"""A plain Transformer decoder for Hugging Face transformers, and the seams of its relatives.
+
+They subclass it in files beside this one; an export holds all that it needs in one file. It imports
+torch and transformers, and its configuration. Needs transformers >= 5.4.
+
+Shapes: b batch, s sequence, h hidden, np query heads, ng KV heads, hn head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_decoder import DecoderConfig
+
+SPLIT_HEADS = "{} needs all KV heads together; tensor parallelism has split them. Use one rank."
+
+
+def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions of [b, s, h] that logits are wanted of, see `DecoderForCausalLM.forward`."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]  # 0: all
+    if keep.dim() == 1:
+        return hidden_states[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden_states[keep]
+    return hidden_states.take_along_dim(keep.unsqueeze(-1), dim=1)
+
+
+@dataclass
+class DecoderModelOutputWithPast(BaseModelOutputWithPast):
+    """Adds gates: what each layer that has some tells of them, with `output_gates=True`."""
+
+    gates: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DecoderCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Adds gates: what each layer that has some tells of them, with `output_gates=True`."""
+
+    gates: tuple[Tensor, ...] | None = None
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention; relatives override `mix`."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        q_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=eps)
+
+    def mix(
+        self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Keys and values as attention and cache get them, before norm and rotation.
+
+        Args:
+            hidden_states: Normed input, [b, s, h].
+            k: Projected, [b, s, ng, hn].
+            v: Projected, [b, s, ng, hn].
+            carried: From the layer before.
+
+        Returns:
+            Keys, values, what the next layer gets, and what `output_gates` tells of this one.
+        """
+        return k, v, carried, None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        carried: tuple[Tensor, ...],
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Normed x [b, s, h] -> output [b, s, h], gates, attention weights, what is carried."""
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(hidden_shape)
+        k = self.k_proj(hidden_states).view(hidden_shape)
+        v = self.v_proj(hidden_states).view(hidden_shape)
+        k, v, carried, gates = self.mix(hidden_states, k, v, carried)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(output), gates, weights, carried
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and SwiGLU. What is carried needs gradients, hence goes by position."""
+
+    attention_class: ClassVar[type[DecoderAttention]] = DecoderAttention
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = self.attention_class(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, *carried: Tensor, **kwargs) -> tuple[Any, ...]:
+        """Hidden states [b, s, h] -> the same, gates, attention weights, all that is carried."""
+        output, gates, weights, carried = self.self_attn(
+            self.input_layernorm(hidden_states), carried, **kwargs
+        )
+        hidden_states = hidden_states + output
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, gates, weights, *carried
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """What both models share: initialisation and what transformers may do with them."""
+
+    config_class = DecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """The decoder without its head; hands what is carried from layer to layer."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            self.layer_class(config, n) for n in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def start(self) -> tuple[Tensor, ...]:
+        """What the first layer gets."""
+        return ()
+
+    def finish(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Tensor:
+        """What the last norm gets, [b, s, h]."""
+        return hidden_states
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gates: bool | None = None,
+        **kwargs,
+    ) -> DecoderModelOutputWithPast:
+        """Ids [b, s] or embeddings [b, s, h] -> hidden states [b, s, h] after the last norm.
+
+        Raises:
+            ValueError: Not exactly one input, attention weights asked of a kernel without them, or
+                a cache given to training with gradient checkpointing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("Training with gradient checkpointing reads no past_key_values.")
+            use_cache = False  # the backward pass would fill it a second time
+        output_attentions = output_attentions or self.config.output_attentions
+        output_hidden_states = output_hidden_states or self.config.output_hidden_states
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions needs attn_implementation 'eager', not "
+                f"{self.config._attn_implementation!r}: model.set_attn_implementation('eager')."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
+            position_ids = positions.unsqueeze(0)
+
+        kwargs["attention_mask"] = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids)
+        kwargs["past_key_values"] = past_key_values
+
+        hidden_states, carried = inputs_embeds, self.start()
+        all_hidden, all_weights, all_gates = [], [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                all_hidden.append(hidden_states)
+            hidden_states, gates, weights, *carried = layer(
+                hidden_states, *carried, position_ids=position_ids, **kwargs
+            )
+            if output_attentions:
+                all_weights.append(weights)
+            if output_gates and gates is not None:
+                all_gates.append(gates)
+        hidden_states = self.norm(self.finish(hidden_states, tuple(carried)))
+        return DecoderModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_hidden, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+            gates=tuple(all_gates) if output_gates else None,
+        )
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    model_class: ClassVar[type[DecoderModel]] = DecoderModel
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gates: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> DecoderCausalLMOutputWithPast:
+        """Ids [b, s] -> logits [b, s, vocab] and, if labels are given (the ids, not shifted), loss.
+
+        logits_to_keep leaves out the other logits: the last n positions, those of a tensor [n] or
+        [b, n], or, where a bool tensor [b, s] is True, as [number of True, vocab].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_gates=output_gates,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return DecoderCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gates=outputs.gates,
+        )
+
+
+DecoderModel.register_for_auto_class("AutoModel")
+DecoderForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["DecoderForCausalLM", "DecoderModel", "DecoderPreTrainedModel"]

@@ -1,0 +1,118 @@
+"""ResFormer for Hugging Face transformers, its learnable form (arXiv 2410.17897).
+
+Of the layers n that mix::
+
+    V'_n    = lambda1_n * V_1 + lambda2_n * V_n
+    lambda1 = lambda_scale * softmax(lambda_logits)
+
+V' is what attention reads and what the cache holds: the cache is that of a plain Transformer. The
+lambdas stay float32 in a bf16 model: scalars near 1..L lose too much there.
+
+Shapes: b batch, s sequence, h hidden, ng KV heads, hn head dim, m mixing layers.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_resformer import ResFormerConfig
+from .modeling_decoder import (
+    SPLIT_HEADS,
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+)
+
+
+class ResFormerValueResidual(nn.Module):
+    """The weights of V1, shared by the mixing layers through one softmax."""
+
+    def __init__(self, config: ResFormerConfig) -> None:
+        super().__init__()
+        self.lambda_logits = nn.Parameter(torch.zeros(len(config.mixing_layers)))
+        self.lambda_scale = nn.Parameter(torch.full((1,), float(config.num_hidden_layers)))
+
+    def forward(self) -> Tensor:
+        """Returns lambda1 [m]; at init all are L / m."""
+        return self.lambda_scale * self.lambda_logits.softmax(-1)
+
+
+class ResFormerAttention(DecoderAttention):
+    """Attention whose values are a weighted sum of V1 and their own."""
+
+    def __init__(self, config: ResFormerConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.mixes = layer_idx in config.mixing_layers
+        if self.mixes:
+            self.value_lambda2 = nn.Parameter(torch.full((1,), 0.5))
+
+    def mix(
+        self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The equation; carried are lambda1 [m] and, behind layer 1, V1 [b, s, ng, hn]."""
+        if not self.mixes:
+            return k, v, carried if len(carried) == 2 else (*carried, v), None
+        if self.training and v.size(-2) < self.config.num_key_value_heads:
+            # each rank would have its heads' part of the gradient
+            raise NotImplementedError(SPLIT_HEADS.format("training a ResFormer"))
+        lambda1, v1 = carried
+        weight = lambda1[self.layer_idx - self.config.mixing_layers.start]
+        return k, (weight * v1 + self.value_lambda2 * v).to(v.dtype), carried, None
+
+
+class ResFormerDecoderLayer(DecoderLayer):
+    """DecoderLayer over ResFormerAttention."""
+
+    attention_class = ResFormerAttention
+
+
+class ResFormerPreTrainedModel(DecoderPreTrainedModel):
+    """What both models share: initialisation, and what stays float32."""
+
+    config_class = ResFormerConfig
+    _no_split_modules: ClassVar[list[str]] = ["ResFormerDecoderLayer"]
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
+        "value_lambda2",
+        "lambda_logits",
+        "lambda_scale",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResFormerAttention) and module.mixes:
+            init.constant_(module.value_lambda2, 0.5)
+        elif isinstance(module, ResFormerValueResidual):
+            init.zeros_(module.lambda_logits)
+            init.constant_(module.lambda_scale, float(self.config.num_hidden_layers))
+
+
+class ResFormerModel(ResFormerPreTrainedModel, DecoderModel):
+    """DecoderModel with lambdas that all layers share."""
+
+    layer_class = ResFormerDecoderLayer
+
+    def __init__(self, config: ResFormerConfig) -> None:
+        super().__init__(config)
+        self.value_residual = ResFormerValueResidual(config)
+        self.post_init()
+
+    def start(self) -> tuple[Tensor, ...]:
+        """lambda1 of all layers that mix, [m]."""
+        return (self.value_residual(),)
+
+
+class ResFormerForCausalLM(ResFormerPreTrainedModel, DecoderForCausalLM):
+    """ResFormerModel with its language-model head."""
+
+    model_class = ResFormerModel
+
+
+ResFormerModel.register_for_auto_class("AutoModel")
+ResFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["ResFormerForCausalLM", "ResFormerModel", "ResFormerPreTrainedModel"]

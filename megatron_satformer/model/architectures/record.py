@@ -1,0 +1,140 @@
+"""What an architecture declares about itself: everything by which it differs from the others.
+
+Must not know: any architecture, pipeline stages, training.
+
+Layers are numbered from 1; n = 0 stands for what belongs to the whole model. Shapes: s sequence,
+b micro-batch, h hidden, ng KV heads, hn head dim; "/tp" marks what a rank holds.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_satformer.config import DecoderConfig
+
+Packing = Literal["one", "vocabulary", "qkv", "halves"]
+
+
+class Carry(NamedTuple):
+    """What crosses the boundary behind a layer beside hidden_states, in this order.
+
+    Attributes:
+        streams: tensors like hidden_states, [s, b, h] ([s/tp, b, h] under sequence parallelism).
+        heads: tensors of KV heads, [s, b, ng/tp, hn].
+    """
+
+    streams: int = 0
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """A tensor of a checkpoint that a plain Transformer does not have, or packs otherwise.
+
+    One that holds a Hugging Face tensor of the plain Transformer takes the place of the plain one.
+
+    Attributes:
+        megatron: key below "decoder.layers.{n - 1}.", or below "decoder." for n = 0.
+        hf: names of what it holds, below "model.layers.{n - 1}.", or below "model." for n = 0.
+        shape: of the whole tensor, without parallelism.
+        packing: how it holds them, see `checkpoint/convert/names.py`.
+        fp32: whether it stays float32 where a model is exported or imported in another dtype.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    shape: tuple[int, ...]
+    packing: Packing = "one"
+    fp32: bool = False
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """An architecture without options of its own."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The record of one architecture.
+
+    Options are read from whatever has them as attributes, with `num_layers`, `hidden_size`,
+    `num_query_groups` and `kv_channels`: a DecoderConfig or an exported configuration.
+
+    Attributes:
+        name: value of --architecture.
+        source: where it is published.
+        equation: for card and README; "{gate}" and the like are filled in by `describe`.
+        about: a sentence or two for the card.
+        twin: import path of the plain torch model, "module:class".
+        exported: import path of the exported causal language model, "module:class".
+        config: Megatron's configuration, with the options as fields.
+        options: dataclass of its own options: one flag each.
+        attention: class of every layer's self-attention.
+        layer: class of every layer.
+        adapt: changes Megatron's submodules of one layer further.
+        carry: config and n, 0 < n < num_layers -> what crosses the boundary behind layer n.
+        tensors: options and n -> its own tensors.
+        finish: what one chunk of the model needs beyond its layers; called with the chunk, its
+            place in the model, and its TransformerBlock's process groups in place.
+        refuses: Megatron option -> why it cannot be used.
+        refuses_words: option -> (words that cannot be used, why), for options that are words.
+        defaults: parsed arguments -> defaults of other flags.
+        zero_start: options -> None if zeros for its own tensors compute the plain Transformer and
+            learn from there; else why not.
+        start_options: options of an import from a plain Transformer, where not the defaults.
+        from_transformer: why training cannot start from a Transformer's weights; None: it can.
+        gates: what `output_gates=True` gives, for the card; None: nothing.
+    """
+
+    name: str
+    source: str
+    equation: str
+    about: str
+    twin: str
+    exported: str
+    config: type[DecoderConfig] = DecoderConfig
+    options: type = NoOptions
+    attention: type[SelfAttention] = SelfAttention
+    layer: type[TransformerLayer] = TransformerLayer
+    adapt: Callable[[TransformerLayerSubmodules, Any], TransformerLayerSubmodules] | None = None
+    carry: Callable[[Any, int], Carry] = lambda config, n: Carry()
+    tensors: Callable[[Any, int], Sequence[OwnTensor]] = lambda options, n: ()
+    finish: Callable[[GPTModel, int], None] | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    refuses_words: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
+    defaults: Callable[[Namespace], dict[str, Any]] = lambda preview: {}
+    zero_start: Callable[[Any], str | None] = lambda options: None
+    start_options: Mapping[str, Any] = field(default_factory=dict)
+    from_transformer: str | None = None
+    gates: str | None = None
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """Names of its own options and their defaults."""
+        return {option.name: option.default for option in fields(self.options)}
+
+    def carry_behind(self, config: DecoderConfig, n: int) -> Carry:
+        """What crosses the boundary behind n layers: nothing at either end of the model."""
+        return self.carry(config, n) if 0 < n < config.num_layers else Carry()
+
+    def carries(self, config: DecoderConfig) -> Carry:
+        """The most of each kind that any boundary has to take."""
+        behind = [self.carry_behind(config, n) for n in range(config.num_layers + 1)]
+        return Carry(max(c.streams for c in behind), max(c.heads for c in behind))
+
+    def all_tensors(self, options: Any) -> list[OwnTensor]:
+        """Its own tensors of the whole model."""
+        return [t for n in range(options.num_layers + 1) for t in self.tensors(options, n)]
+
+    def count_parameters(self, options: Any) -> int:
+        """Number of parameters in its own tensors."""
+        return sum(prod(tensor.shape) for tensor in self.all_tensors(options))
