@@ -13,9 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import TensorStorageMetadata
-
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
+from megatron_satformer.checkpoint.megatron.damage import find_damage
 from megatron_satformer.checkpoint.megatron.reader import (
     MODEL_KEY,
     MegatronCheckpoint,
@@ -163,7 +162,7 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
             for key, stored in checkpoint.tensors.items()
         },
         bytes=_megatron_bytes(checkpoint),
-        problems=_megatron_problems(checkpoint),
+        problems=find_damage(folder, checkpoint.metadata),  # the optimizer's files too
     )
 
 
@@ -190,30 +189,6 @@ def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
             sizes["model"] += info.length
     total = sum(file.stat().st_size for file in checkpoint.folder.rglob("*") if file.is_file())
     return sizes | {"other": max(0, total - sum(sizes.values())), "total": total}
-
-
-def _megatron_problems(checkpoint: MegatronCheckpoint) -> list[str]:
-    """Looks at every file, those of the optimizer too."""
-    ends: dict[str, int] = {}
-    keys: dict[str, str] = {}
-    for where, info in checkpoint.metadata.storage_data.items():
-        if info.offset + info.length > ends.get(info.relative_path, -1):
-            ends[info.relative_path] = info.offset + info.length
-            keys[info.relative_path] = where.fqn
-    problems = []
-    for name, end in sorted(ends.items()):
-        file = checkpoint.folder / name
-        if not file.is_file():
-            problems.append(f"{file} is missing: it holds part of {keys[name]}")
-        elif file.stat().st_size < end:
-            problems.append(f"{file} is cut short: {file.stat().st_size} bytes of at least {end}")
-    known = checkpoint.metadata.state_dict_metadata
-    lost = [
-        key
-        for key, stored in known.items()
-        if isinstance(stored, TensorStorageMetadata) and not stored.chunks
-    ]
-    return problems + [f"{key} has no pieces" for key in lost]
 
 
 def _inspect_hugging_face(folder: Path) -> Inspection:
