@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_satformer.checkpoint.tensor_names import LISTED, check_tensor_names
+
 CONFIG = "config.json"
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -33,7 +35,6 @@ TOKENIZER = (
 )
 # safetensors' names
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-LISTED = 40  # names in an error, at most
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,8 @@ class HFFolder:
         Raises:
             ValueError: Lists every name that is missing, not known, or of another shape.
         """
-        problems = [f"{name} is missing" for name in expected if name not in self.tensors]
-        problems += [
-            f"{name} is {self.tensors[name].shape}, not {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in self.tensors and self.tensors[name].shape != tuple(shape)
-        ]
-        problems += [f"{name} is not known" for name in self.tensors if name not in expected]
-        if problems:
-            more = f"; and {len(problems) - LISTED} more" * (len(problems) > LISTED)
-            listed = "; ".join(problems[:LISTED]) + more
-            raise ValueError(f"{self.path} does not hold the tensors of {what}: {listed}.")
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        check_tensor_names(shapes, expected, f"{self.path} does not hold the tensors of {what}")
 
     def without(self, *names: str) -> "HFFolder":
         """The folder without some of its tensors, where it has them."""
