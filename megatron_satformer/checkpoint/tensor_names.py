@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-LISTED = 40  # names in an error, at most
+LISTED = 40  # in one error, at most
 
 
 def check_tensor_names(
@@ -26,5 +26,10 @@ def check_tensor_names(
             problems.append(f"{name} is {tuple(stored[name])}, not {tuple(shape)}")
     problems += [f"{name} is not known" for name in sorted(stored.keys() - expected.keys())]
     if problems:
-        more = f"; and {len(problems) - LISTED} more" * (len(problems) > LISTED)
-        raise ValueError(f"{contradiction}: {'; '.join(problems[:LISTED])}{more}.")
+        raise ValueError(f"{contradiction}: {list_problems(problems)}.")
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """Puts phrases or names on one line, the first of them where there are too many."""
+    more = f"; and {len(problems) - LISTED} more" * (len(problems) > LISTED)
+    return "; ".join(problems[:LISTED]) + more

@@ -27,7 +27,8 @@ from megatron_satformer.checkpoint.convert.names import (
     convert_to_hf,
     iterate_names,
 )
-from megatron_satformer.checkpoint.convert.options import DTYPES, build_hf_config, check_exportable
+from megatron_satformer.checkpoint.convert.options import build_hf_config, check_exportable
+from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
@@ -162,7 +163,7 @@ class _Plan:
 
 def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> _Plan:
     args = checkpoint.args
-    dtype = _choose_dtype(args, dtype)
+    dtype = choose_dtype(args, dtype)
     check_exportable(args)
     options = find_tokenizer(args, tokenizer)
     tokens, ids = _build_tokenizer(checkpoint, options)
@@ -218,13 +219,6 @@ def check_names(
         else:
             expected[name.megatron] = shape
     check_tensor_names(stored, expected, f"{checkpoint.folder} does not fit its own args")
-
-
-def _choose_dtype(args: Namespace, given: str | None) -> str:
-    dtype = given or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}.")
-    return dtype
 
 
 def _build_tokenizer(

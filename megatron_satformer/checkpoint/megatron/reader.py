@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_satformer.checkpoint.megatron.damage import find_damage
+from megatron_satformer.checkpoint.tensor_names import list_problems
 
 # Megatron's imports make torch look for a CUDA compiler, and say so where one is without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -99,11 +100,11 @@ class MegatronCheckpoint:
         """Looks whether every file that holds a piece of the model is there and long enough.
 
         Raises:
-            ValueError: Names the first that is not.
+            ValueError: Names those that are not.
         """
         damage = find_damage(self.folder, self.metadata, self.tensors.__contains__)
         if damage:
-            raise ValueError(f"{damage[0]}.")
+            raise ValueError(f"{list_problems(damage)}.")
 
 
 class _KnownMetadataReader(FileSystemReader):
