@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint.convert.options import DTYPES, build_hf_config
+from megatron_satformer.checkpoint.convert.options import build_hf_config
 from megatron_satformer.checkpoint.convert.to_hf import check_names, read_state_dict
+from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.hugging_face.loading import (
     has_tokenizer,
     is_hugging_face,
@@ -211,7 +212,7 @@ def _load_megatron(
     with torch.device("meta"):
         shapes = SATFormerForCausalLM(config).state_dict()
     check_names(checkpoint, config, shapes)
-    chosen = DTYPES[dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")]
+    chosen = DTYPES[choose_dtype(args, dtype)]
     state = read_state_dict(checkpoint, config, chosen)
     with quiet_transformers():
         model = SATFormerForCausalLM.from_pretrained(

@@ -13,20 +13,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import TensorStorageMetadata
-
+from megatron_satformer.checkpoint.dtypes import CODES, name_dtype
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
+from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
+from megatron_satformer.checkpoint.megatron.damage import find_damage
 from megatron_satformer.checkpoint.megatron.reader import (
     MODEL_KEY,
     MegatronCheckpoint,
     open_checkpoint,
 )
 
-INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"} | {
-    f"torch.{name}": short
-    for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"))
-}
 # Group -> the args that say most, in this order; those that are absent or not given are left out.
 ARGS = {
     "model": "architecture value_gate value_gate_bias value_residual_last_k num_layers hidden_size "
@@ -159,11 +155,11 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         options=_chosen_args(args),
         all_options=dict(sorted(vars(args).items())),
         tensors={
-            key: StoredTensor(tuple(stored.size), _dtype(str(stored.properties.dtype)))
+            key: StoredTensor(tuple(stored.size), name_dtype(stored.properties.dtype))
             for key, stored in checkpoint.tensors.items()
         },
         bytes=_megatron_bytes(checkpoint),
-        problems=_megatron_problems(checkpoint),
+        problems=find_damage(folder, checkpoint.metadata),  # the optimizer's files too
     )
 
 
@@ -192,48 +188,17 @@ def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     return sizes | {"other": max(0, total - sum(sizes.values())), "total": total}
 
 
-def _megatron_problems(checkpoint: MegatronCheckpoint) -> list[str]:
-    """Looks at every file, those of the optimizer too."""
-    ends: dict[str, int] = {}
-    keys: dict[str, str] = {}
-    for where, info in checkpoint.metadata.storage_data.items():
-        if info.offset + info.length > ends.get(info.relative_path, -1):
-            ends[info.relative_path] = info.offset + info.length
-            keys[info.relative_path] = where.fqn
-    problems = []
-    for name, end in sorted(ends.items()):
-        file = checkpoint.folder / name
-        if not file.is_file():
-            problems.append(f"{file} is missing: it holds part of {keys[name]}")
-        elif file.stat().st_size < end:
-            problems.append(f"{file} is cut short: {file.stat().st_size} bytes of at least {end}")
-    known = checkpoint.metadata.state_dict_metadata
-    lost = [
-        key
-        for key, stored in known.items()
-        if isinstance(stored, TensorStorageMetadata) and not stored.chunks
-    ]
-    return problems + [f"{key} has no pieces" for key in lost]
-
-
 def _inspect_hugging_face(folder: Path) -> Inspection:
-    config = _read_json(folder / "config.json")
-    problems: list[str] = []
-    index = _read_index(folder)
-    files = _weight_files(folder, index, problems)
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            tensors |= _read_header(file)
-        except ValueError as problem:
-            problems.append(str(problem))
-    lost = [key for key in index if key not in tensors]
-    if lost and not problems:
-        problems.append(f"{INDEX} names tensors that no file holds: {', '.join(lost[:8])}")
+    config, found = read_json(folder / "config.json"), list_weights(folder, _refuse_torch_file)
+    names = {code: name_dtype(dtype) for code, dtype in CODES.items()}
+    tensors = {
+        key: StoredTensor(stored.shape, names.get(stored.code, stored.code))
+        for key, stored in found.tensors.items()
+    }
     model = {name: config[name] for name in CONFIG.split() if config.get(name) is not None}
     if "dtype" not in model and "torch_dtype" in config:
         model["dtype"] = config["torch_dtype"]
-    weights = sum(file.stat().st_size for file in files)
+    weights = sum(file.stat().st_size for file in found.files)
     total = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return Inspection(
         folder=str(folder),
@@ -244,7 +209,7 @@ def _inspect_hugging_face(folder: Path) -> Inspection:
         options={
             "model": model,
             "files": {
-                "weights": len(files),
+                "weights": len(found.files),
                 "tokenizer": "yes" if has_tokenizer(folder) else "none",
                 "code": "its own" if config.get("auto_map") else "transformers'",
             },
@@ -252,64 +217,12 @@ def _inspect_hugging_face(folder: Path) -> Inspection:
         all_options=config,
         tensors=dict(sorted(tensors.items(), key=lambda item: _natural(item[0]))),
         bytes={"model": weights, "other": total - weights, "total": total},
-        problems=problems,
+        problems=found.problems,
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object.")
-    return content
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file, of a folder of shards."""
-    if not (folder / INDEX).is_file():
-        return {}
-    names = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict):
-        raise ValueError(f"{folder / INDEX} must hold a weight_map from tensor to file.")
-    return names
-
-
-def _weight_files(folder: Path, index: dict[str, str], problems: list[str]) -> list[Path]:
-    if index:
-        names = sorted(set(index.values()))
-        problems += [f"{folder / n} is missing" for n in names if not (folder / n).is_file()]
-        return [folder / name for name in names if (folder / name).is_file()]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        other = [file.name for file in folder.glob("*.bin")]
-        problems.append(
-            f"{folder} has no safetensors"
-            + (f"; keys of {', '.join(other)} are not read" if other else "")
-        )
-    return files
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, from its header.
-
-    Raises:
-        ValueError: If it is cut short, or no such file.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if length <= size else b""
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        needed = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"{file} is cut short or no safetensors file ({size} bytes)") from None
-    if size != needed:
-        raise ValueError(f"{file} is cut short or damaged: {size} bytes, not {needed}")
-    return {k: StoredTensor(tuple(t["shape"]), _dtype(t["dtype"])) for k, t in header.items()}
+def _refuse_torch_file(file: Path) -> dict[str, Stored]:
+    raise ValueError(f"{file} is no safetensors file: its keys are not read.")
 
 
 def _folded(tensors: Mapping[str, StoredTensor]) -> list[str]:
@@ -363,10 +276,6 @@ def _shortened(names: list[str]) -> str:
 
 def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", key)]
-
-
-def _dtype(name: str) -> str:
-    return DTYPES.get(name, name.removeprefix("torch."))
 
 
 def _size(count: int) -> str:

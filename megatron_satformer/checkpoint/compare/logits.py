@@ -28,7 +28,7 @@ from megatron_satformer.checkpoint.compare.sample_tokens import (
     read_text,
     read_validation_tokens,
 )
-from megatron_satformer.checkpoint.convert.options import DTYPES
+from megatron_satformer.checkpoint.dtypes import DTYPES
 from megatron_satformer.checkpoint.hugging_face.loading import (
     has_tokenizer,
     is_hugging_face,

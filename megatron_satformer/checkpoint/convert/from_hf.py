@@ -15,8 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint.convert.names import Name, convert_to_megatron, iterate_names
-from megatron_satformer.checkpoint.convert.options import DTYPES
+from megatron_satformer.checkpoint.convert.names import (
+    EMBEDDING,
+    Name,
+    convert_to_megatron,
+    iterate_names,
+)
+from megatron_satformer.checkpoint.dtypes import DTYPES, check_dtype, name_dtype
 from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.accepted import (
     check_tensors,
@@ -24,6 +29,7 @@ from megatron_satformer.checkpoint.hugging_face.accepted import (
     read_model,
 )
 from megatron_satformer.checkpoint.hugging_face.folder import HFFolder, open_hf_folder
+from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer
 from megatron_satformer.checkpoint.megatron.args import (
     build_args,
     pad_vocab_size,
@@ -130,8 +136,7 @@ def import_from_hf(
     )
     pieces = list(_plan(folder, config, DTYPES[kind], padded))
     size = sum(piece.bytes for piece in pieces)
-    has_tokenizer = any((load / f).is_file() for f in ("tokenizer_config.json", "tokenizer.json"))
-    args = build_args(config, DTYPES[kind], padded, load if has_tokenizer else None)
+    args = build_args(config, DTYPES[kind], padded, load if has_tokenizer(load) else None)
     with written_atomically(save) as partial_folder:
         _check_save(save, overwrite)  # now that no other process can make it
         check_space(partial_folder, size)
@@ -164,16 +169,13 @@ def _check_save(save: Path, overwrite: bool) -> None:
 
 def _find_dtype(folder: HFFolder, given: str | None) -> str:
     if given is not None:
-        if given not in DTYPES:
-            raise ValueError(f"dtype ({given}) must be one of {', '.join(DTYPES)}.")
-        return given
-    named = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "")
-    stored = str(folder.tensors["model.embed_tokens.weight"].dtype)
-    wanted = named.removeprefix("torch.") or stored.removeprefix("torch.")
-    for kind, dtype in DTYPES.items():
-        if str(dtype) == f"torch.{wanted}":
-            return kind
-    raise ValueError(f"dtype ({wanted}) of {folder.path} must be given: pass --dtype bf16 or fp32.")
+        return check_dtype(given)
+    found = name_dtype(folder.find_dtype(EMBEDDING.hf[0]))
+    if found not in DTYPES:
+        raise ValueError(
+            f"dtype ({found}) of {folder.path} must be given: pass --dtype bf16 or fp32."
+        )
+    return found
 
 
 def _plan(

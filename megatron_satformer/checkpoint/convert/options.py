@@ -6,11 +6,7 @@ Fields are those of Megatron's argument parser (0.19.2) and the five of this pro
 from argparse import Namespace
 from typing import Any
 
-import torch
-
 from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # option -> the one value that the exported model computes, where any other means another model
 REQUIRED: dict[str, Any] = {

@@ -28,6 +28,7 @@ from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder, 
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
 
+EMBEDDING = "model.embed_tokens.weight"
 # The epsilon of QK-norm there, whatever norm_eps says.
 QK_NORM_EPS = 1e-5
 MODEL_TYPES = {"satformer": "SATFormer", "resformer": "ResFormer", "transformer": "transformer"}
@@ -146,14 +147,14 @@ def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> C
     folder = open_hf_folder(load)
     config = build_config(folder.config, str(load))
     if config.tie_word_embeddings:
-        folder = folder.without_tied("lm_head.weight", _rename("model.embed_tokens.weight"))
+        folder = folder.without_tied("lm_head.weight", _rename(EMBEDDING))
     names = {name: _rename(name) for name in model_shapes(config)}
     folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
     tensors = {
         name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
         for name, shape in model_shapes(config).items()
     }
-    config.dtype = _find_dtype(folder, names)
+    config.dtype = folder.find_dtype(names[EMBEDDING])
     config.architectures, config.auto_map = ["SATFormerForCausalLM"], AUTO_MAP
     if build_reference_config(config) != folder.config:
         config.reference_config = folder.config
@@ -198,7 +199,7 @@ def convert_to_reference(
         name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
         for name, shape in _their_shapes(config).items()
     }
-    config.dtype = _find_dtype(folder, {"model.embed_tokens.weight": "model.embed_tokens.weight"})
+    config.dtype = folder.find_dtype(EMBEDDING)
     content = build_reference_config(config)
     original = getattr(config, "reference_config", None)
     if original is not None and _same_model(build_config(original, str(load)), config):
@@ -358,15 +359,6 @@ def _their_shapes(config: SATFormerConfig) -> dict[str, tuple[int, ...]]:
         _rename(name): () if name.endswith(SCALARS) else shape
         for name, shape in model_shapes(config).items()
     }
-
-
-def _find_dtype(folder: HFFolder, names: Mapping[str, str]) -> torch.dtype:
-    """What config.json names, else that of the embedding."""
-    named = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "")
-    dtype = getattr(torch, named.removeprefix("torch."), None) if named else None
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return folder.tensors[names["model.embed_tokens.weight"]].dtype
 
 
 def _copy_weights(

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from megatron_satformer.checkpoint.convert.names import (
     convert_to_hf,
     iterate_names,
 )
-from megatron_satformer.checkpoint.convert.options import DTYPES, build_hf_config, check_exportable
+from megatron_satformer.checkpoint.convert.options import build_hf_config, check_exportable
+from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
@@ -39,6 +40,7 @@ from megatron_satformer.checkpoint.hugging_face.tokenizer import (
 )
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import find_tokenizer
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.checkpoint.tensor_names import check_tensor_names
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
@@ -161,7 +163,7 @@ class _Plan:
 
 def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> _Plan:
     args = checkpoint.args
-    dtype = _choose_dtype(args, dtype)
+    dtype = choose_dtype(args, dtype)
     check_exportable(args)
     options = find_tokenizer(args, tokenizer)
     tokens, ids = _build_tokenizer(checkpoint, options)
@@ -196,7 +198,7 @@ def read_state_dict(
 def check_names(
     checkpoint: MegatronCheckpoint, config: SATFormerConfig, shapes: Mapping[str, Tensor]
 ) -> None:
-    """Compares keys and shapes with the model's, so that nothing is missed and nothing left out.
+    """Compares keys and shapes with the model's.
 
     Args:
         checkpoint: Opened.
@@ -206,34 +208,17 @@ def check_names(
     Raises:
         ValueError: Names every key that is missing, unknown or of another shape.
     """
-    used, problems = set(), []
+    stored = {key: tensor.size for key, tensor in checkpoint.tensors.items()}
+    expected: dict[str, Sequence[int]] = {}
     for name in iterate_names(config):
-        stored = checkpoint.tensors.get(name.megatron)
-        key = name.megatron if stored is not None else name.stacked
-        stored = checkpoint.tensors.get(key)
-        used.add(key)
-        if stored is None:
-            problems.append(f"{name.megatron} is missing")
-            continue
-        rows = sum(shapes[part].shape[0] for part in name.hf)
-        expected = (rows, *shapes[name.hf[0]].shape[1:])
-        actual = tuple(stored.size[1:] if key != name.megatron else stored.size)
-        if actual != expected and not (name.packing == "vocabulary" and actual[0] >= rows):
-            problems.append(f"{name.megatron} is {actual}, not {expected}")
-        elif key != name.megatron and stored.size[0] != config.num_hidden_layers:
-            problems.append(f"{key} holds {stored.size[0]} layers, not {config.num_hidden_layers}")
-    problems += [f"{key} is not known" for key in sorted(set(checkpoint.tensors) - used)]
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise ValueError(f"{checkpoint.folder} does not fit its own args: {listed}.")
-
-
-def _choose_dtype(args: Namespace, given: str | None) -> str:
-    dtype = given or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}.")
-    return dtype
+        shape = sum(shapes[part].shape[0] for part in name.hf), *shapes[name.hf[0]].shape[1:]
+        if name.packing == "vocabulary" and name.megatron in stored:
+            shape = max(shape[0], stored[name.megatron][0]), *shape[1:]  # padding
+        if name.megatron not in stored and name.stacked in stored:
+            expected[name.stacked] = config.num_hidden_layers, *shape
+        else:
+            expected[name.megatron] = shape
+    check_tensor_names(stored, expected, f"{checkpoint.folder} does not fit its own args")
 
 
 def _build_tokenizer(

@@ -4,11 +4,10 @@ Weights are safetensors (one file, or shards and their index) or torch's pytorch
 are mapped, not read whole. Must not know: what the tensors mean.
 """
 
-import json
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_satformer.checkpoint.dtypes import CODES
+from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
+from megatron_satformer.checkpoint.tensor_names import check_tensor_names, list_problems
+
 CONFIG = "config.json"
-# in the order in which transformers looks for them
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What belongs to a tokenizer, whatever its kind: carried along as it is.
 TOKENIZER = (
     "tokenizer.json",
@@ -31,18 +32,6 @@ TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
-# safetensors' names
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-LISTED = 40  # names in an error, at most
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies and what it is."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -68,14 +57,17 @@ class HFFolder:
             dtype: To convert to; None keeps the file's.
 
         Raises:
-            ValueError: If a number does not fit into `dtype`.
+            ValueError: If a number does not fit into `dtype`, or the file is damaged.
         """
         stored = self.tensors[name]
         if stored.file in self._mapped:
             tensor = self._mapped[stored.file][name]
         else:
-            with safe_open(stored.file, framework="pt") as file:
-                tensor = file.get_tensor(name)
+            try:
+                with safe_open(stored.file, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{stored.file} cannot be read: {error}.") from None
         if dtype is None or dtype == tensor.dtype:
             return tensor
         converted = tensor.to(dtype)
@@ -84,6 +76,12 @@ class HFFolder:
                 f"dtype (fp16) must hold {name}, which is too large. Use bf16 or fp32."
             )
         return converted
+
+    def find_dtype(self, embedding: str) -> torch.dtype:
+        """What config.json names, else that of the embedding."""
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+        dtype = getattr(torch, named.removeprefix("torch."), None)
+        return dtype if isinstance(dtype, torch.dtype) else self.tensors[embedding].dtype
 
     def check(self, expected: Mapping[str, tuple[int, ...]], what: str) -> None:
         """Compares names and shapes with the model's.
@@ -95,17 +93,8 @@ class HFFolder:
         Raises:
             ValueError: Lists every name that is missing, not known, or of another shape.
         """
-        problems = [f"{name} is missing" for name in expected if name not in self.tensors]
-        problems += [
-            f"{name} is {self.tensors[name].shape}, not {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in self.tensors and self.tensors[name].shape != tuple(shape)
-        ]
-        problems += [f"{name} is not known" for name in self.tensors if name not in expected]
-        if problems:
-            more = f"; and {len(problems) - LISTED} more" * (len(problems) > LISTED)
-            listed = "; ".join(problems[:LISTED]) + more
-            raise ValueError(f"{self.path} does not hold the tensors of {what}: {listed}.")
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        check_tensor_names(shapes, expected, f"{self.path} does not hold the tensors of {what}")
 
     def without(self, *names: str) -> "HFFolder":
         """The folder without some of its tensors, where it has them."""
@@ -143,81 +132,27 @@ def open_hf_folder(path: Path) -> HFFolder:
     """
     if not (path / CONFIG).is_file():
         raise ValueError(f"load ({path}) must be a folder with a {CONFIG}, and there is none.")
-    config = _read_json(path / CONFIG)
-    for name in WEIGHTS:
-        index = path / f"{name}.index.json"
-        if (path / name).is_file() or index.is_file():
-            files = _read_index(index) if not (path / name).is_file() else {}
-            names = sorted({path / file for file in files.values()}) or [path / name]
-            return _open_files(path, config, names, files)
-    raise ValueError(
-        f"{path} holds no weights: there is no {' nor '.join(WEIGHTS)}, nor an index of shards."
-    )
-
-
-def _open_files(
-    path: Path, config: dict[str, Any], files: list[Path], index: dict[str, str]
-) -> HFFolder:
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise ValueError(f"{path} is incomplete: {', '.join(absent)} of its index is missing.")
-    tensors: dict[str, Stored] = {}
+    config = read_json(path / CONFIG)
     mapped: dict[Path, dict[str, Tensor]] = {}
-    for file in files:
-        if file.suffix == ".bin":
-            mapped[file] = _map_torch_file(file)
-            found = [(k, tuple(t.shape), t.dtype) for k, t in mapped[file].items()]
-        else:
-            found = list(_read_header(file))
-        tensors |= {name: Stored(file, shape, dtype) for name, shape, dtype in found}
-    lost = sorted(
-        name
-        for name, file in index.items()
-        if name not in tensors or tensors[name].file.name != file
-    )
-    if lost:
-        raise ValueError(
-            f"{path} does not fit its index: {', '.join(lost[:LISTED])} "
-            f"not in {', '.join(sorted({index[name] for name in lost}))}."
-        )
-    return HFFolder(path, config, tensors, mapped)
 
+    def read_torch_file(file: Path) -> dict[str, Stored]:
+        mapped[file] = _map_torch_file(file)
+        codes = {dtype: code for code, dtype in CODES.items()}
+        return {
+            name: Stored(file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in mapped[file].items()
+        }
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object.")
-    return content
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    names = _read_json(file).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{file} must hold a weight_map from tensor to file, and it has none.")
-    return names
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                piece = opened.get_slice(name)
-                shape = tuple(piece.get_shape())
-                yield name, shape, _find_dtype(file, name, piece.get_dtype())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is cut short or no safetensors file: {error}.") from None
-
-
-def _find_dtype(file: Path, name: str, code: str) -> torch.dtype:
-    if code not in DTYPES:
-        raise ValueError(
-            f"{file} holds {name} as {code}, which must be {', '.join(DTYPES)} to be converted "
-            "exactly. Take the model's unquantised folder."
-        )
-    return DTYPES[code]
+    weights = list_weights(path, read_torch_file)
+    if weights.problems:
+        raise ValueError(f"{list_problems(weights.problems)}.")
+    for name, stored in weights.tensors.items():
+        if stored.code not in CODES:
+            raise ValueError(
+                f"{stored.file} holds {name} as {stored.code}, which must be {', '.join(CODES)} to "
+                "be converted exactly. Take the model's unquantised folder."
+            )
+    return HFFolder(path, config, weights.tensors, mapped)
 
 
 def _map_torch_file(file: Path) -> dict[str, Tensor]:
@@ -232,7 +167,4 @@ def _map_torch_file(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {reason}.") from None
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{file} must hold a model's state dict: tensors by name, nothing else.")
-    for name, tensor in content.items():
-        if tensor.dtype not in DTYPES.values():
-            _find_dtype(file, name, str(tensor.dtype))
     return content

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from megatron_satformer.checkpoint.dtypes import CODES
+from megatron_satformer.checkpoint.hugging_face.weights import INDEX
+
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -67,6 +68,7 @@ class ShardWriter:
 
     def create(self) -> None:
         """Makes the files at their full size, with headers and without content."""
+        codes = {dtype: code for code, dtype in CODES.items()}
         for name, keys in self._split.filename_to_tensors.items():
             # as safetensors does: widest numbers first, so that all are aligned
             keys = sorted(keys, key=lambda key: (-self._tensors[key].itemsize, key))
@@ -75,7 +77,7 @@ class ShardWriter:
             for key in keys:
                 tensor = self._tensors[key]
                 header[key] = {
-                    "dtype": DTYPE_NAMES[tensor.dtype],
+                    "dtype": codes[tensor.dtype],
                     "shape": list(tensor.shape),
                     "data_offsets": [end, end + tensor.nbytes],
                 }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint
+from megatron_satformer.checkpoint.tensor_names import check_tensor_names
 
 with warnings.catch_warnings():
     # Megatron's optional parts that are not installed
@@ -264,7 +265,11 @@ def _load_weights(
     state = model.sharded_state_dict(metadata={"dp_cp_group": torch.distributed.group.WORLD})
     apply_factories(state)
     entries = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
-    _check_keys(entries, checkpoint)
+    check_tensor_names(
+        {key: stored.size for key, stored in checkpoint.tensors.items()},
+        {entry.key: entry.global_shape for entry in entries},
+        f"{checkpoint.folder} does not fit its own args",
+    )
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for (key, index), pieces in groupby(entries, _stored_at):
         tensor = checkpoint.read(key, index)
@@ -288,18 +293,3 @@ def _piece(tensor: Tensor, entry: ShardedTensor) -> Tensor:
     for axis, size in enumerate(entry.local_shape):
         tensor = tensor.narrow(axis, entry.global_offset[entry.prepend_axis_num + axis], size)
     return tensor
-
-
-def _check_keys(entries: list[ShardedTensor], checkpoint: MegatronCheckpoint) -> None:
-    shapes = {entry.key: tuple(entry.global_shape) for entry in entries}
-    problems = []
-    for key, expected in shapes.items():
-        stored = checkpoint.tensors.get(key)
-        if stored is None:
-            problems.append(f"{key} is missing")
-        elif tuple(stored.size) != expected:
-            problems.append(f"{key} is {tuple(stored.size)}, not {expected}")
-    problems += [f"{key} is not known" for key in sorted(set(checkpoint.tensors) - set(shapes))]
-    if problems:
-        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise ValueError(f"{checkpoint.folder} does not fit its own args: {listed}.")

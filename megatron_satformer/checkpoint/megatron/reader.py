@@ -29,6 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_satformer.checkpoint.megatron.damage import find_damage
+from megatron_satformer.checkpoint.tensor_names import list_problems
+
 # Megatron's imports make torch look for a CUDA compiler, and say so where one is without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -97,17 +100,11 @@ class MegatronCheckpoint:
         """Looks whether every file that holds a piece of the model is there and long enough.
 
         Raises:
-            ValueError: Names the file that is not.
+            ValueError: Names those that are not.
         """
-        for where, info in self.metadata.storage_data.items():
-            file = self.folder / info.relative_path
-            if where.fqn in self.tensors and not file.is_file():
-                raise ValueError(f"{file} is missing: it holds part of {where.fqn}.")
-            if where.fqn in self.tensors and file.stat().st_size < info.offset + info.length:
-                raise ValueError(
-                    f"{file} is cut short: {file.stat().st_size} bytes, and part of {where.fqn} "
-                    f"ends at {info.offset + info.length}."
-                )
+        damage = find_damage(self.folder, self.metadata, self.tensors.__contains__)
+        if damage:
+            raise ValueError(f"{list_problems(damage)}.")
 
 
 class _KnownMetadataReader(FileSystemReader):

@@ -101,7 +101,7 @@ def test_hugging_face(written, tmp_path):
     last.write_bytes(last.read_bytes()[:-2])
     first.unlink()
     missing, cut = inspect_checkpoint(hf).problems
-    assert missing == f"{first} is missing"
+    assert missing == f"{first} of its index is missing"
     assert f"{last} is cut short" in cut
     with pytest.raises(ValueError, match="step"):
         inspect_checkpoint(hf, 10)

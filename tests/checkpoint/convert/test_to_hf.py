@@ -171,6 +171,17 @@ def test_missing_and_unknown_keys_are_named(tmp_path):
         export_to_hf(load, tmp_path / "hf")
 
 
+def test_layers_in_one_tensor_are_counted_and_padding_is_not(tmp_path):
+    model = checkpoints.build_reference(architecture="transformer")
+    load = checkpoints.write_checkpoint(tmp_path / "a", model, stacked=True, num_layers=4)
+    with pytest.raises(ValueError, match=r"linear_proj.weight is \(3, 24, 24\), not \(4, 24, 24\)"):
+        export_to_hf(load, tmp_path / "hf")
+    load = checkpoints.write_checkpoint(tmp_path / "b", model, stacked=True, hidden_size=32)
+    words = r"embedding.word_embeddings.weight is \(128, 24\), not \(128, 32\)"
+    with pytest.raises(ValueError, match=words):
+        export_to_hf(load, tmp_path / "hf")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
