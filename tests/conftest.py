@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer.data.preprocess.main import PreprocessOptions, preprocess
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.data.tokenizers.training import train_tokenizer

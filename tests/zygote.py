@@ -23,6 +23,7 @@ import transformers.configuration_utils  # noqa: F401
 from megatron.training.global_vars import get_tensorboard_writer
 
 import pretrain_satformer
+import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer import arguments
 
 GRACE = 30

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.cli import run_tool
 
 # written out: importing them costs Megatron's imports, also in each process that --hf starts
-ARCHITECTURES = ("transformer", "resformer", "satformer")
 SIZES = (
     *("hidden_size", "num_layers", "num_attention_heads", "num_query_groups"),
     *("ffn_hidden_size", "seq_length", "micro_batch_size", "vocab_size"),
@@ -40,7 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--architectures",
         nargs=2,
-        choices=ARCHITECTURES,
         metavar=("A", "B"),
         help="the baseline, and what is compared to it; with --hf: both beside transformers' own",
     )

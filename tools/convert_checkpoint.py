@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.cli import ToolParser, run_tool
@@ -16,13 +17,16 @@ def _parser() -> ToolParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_to_hf(commands)
     _add_from_hf(commands)
-    for name, source, made in (
-        ("from-reference", THEIRS, OURS),
-        ("to-reference", OURS, THEIRS),
+    for name, former, source, made in (
+        ("from-paper", "from-reference", THEIRS, OURS),
+        ("to-paper", "to-reference", OURS, THEIRS),
     ):
-        command = commands.add_parser(name, help=f"A {source} to a {made}, exactly.")
+        command = commands.add_parser(
+            name, aliases=[former], help=f"A {source} to a {made}, exactly."
+        )
+        command.set_defaults(command=name)
         _add_load_and_save(command, f"A {source}.")
-        if name == "to-reference":
+        if name == "to-paper":
             _add_accept_qk_norm_eps(command)
     _add_inspect(commands)
     _add_compare(commands)
@@ -80,13 +84,9 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     _add_load_and_save(command, "Folder with config.json and safetensors.")
     command.add_argument(
         "--architecture",
-        choices=("transformer", "satformer"),
-        help="Of a plain model's checkpoint: satformer adds gates of zero.",
-    )
-    command.add_argument(
-        "--value-gate",
-        choices=("tanh", "identity"),
-        help="Of those gates; relu could not leave zero. Default: tanh.",
+        help="What a plain model becomes, with zeros for what that adds: satformer, say. Its own "
+        "options follow as in pretrain_satformer.py; its gates are tanh, since relu could not "
+        "leave zero. Default: what it is.",
     )
     _add_accept_qk_norm_eps(command)
     command.add_argument("--dtype", choices=DTYPES, help="Default: the folder's.")
@@ -132,10 +132,32 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--json", action="store_true", help="Print JSON.")
 
 
+def _parse_own_options(
+    parser: ToolParser, architecture: str | None, words: list[str]
+) -> dict[str, Any]:
+    """What the user gave of an architecture's own options."""
+    if architecture is None:
+        return {}
+    from transformers import HfArgumentParser
+
+    from megatron_satformer.model.architectures import find_architecture
+
+    options = find_architecture(architecture).options
+    own = HfArgumentParser(options, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    own.error = parser.error
+    for action in own._actions:
+        action.default = argparse.SUPPRESS
+    return vars(own.parse_args(words))
+
+
 def main() -> int:
     """Parses the flags and calls the one function of the command."""
-    args = vars(_parser().parse_args())
+    parser = _parser()
+    parsed, own = parser.parse_known_args()
+    args = vars(parsed)
     command = args.pop("command")
+    if own and not args.get("architecture"):
+        parser.error(f"unrecognized arguments: {' '.join(own)}")
     as_json = args.pop("json", False)
     # each command imports what it needs: --help without torch
     if command == "to-hf":
@@ -145,15 +167,15 @@ def main() -> int:
     elif command == "from-hf":
         from megatron_satformer.checkpoint.convert.from_hf import import_from_hf
 
-        print(import_from_hf(**args))
-    elif command == "from-reference":
-        from megatron_satformer.checkpoint.convert.paper_layout import convert_from_reference
+        print(import_from_hf(**args, options=_parse_own_options(parser, args["architecture"], own)))
+    elif command == "from-paper":
+        from megatron_satformer.checkpoint.convert.paper_layout import convert_from_paper
 
-        print(convert_from_reference(**args))
-    elif command == "to-reference":
-        from megatron_satformer.checkpoint.convert.paper_layout import convert_to_reference
+        print(convert_from_paper(**args))
+    elif command == "to-paper":
+        from megatron_satformer.checkpoint.convert.paper_layout import convert_to_paper
 
-        print(convert_to_reference(**args))
+        print(convert_to_paper(**args))
     elif command == "inspect":
         from megatron_satformer.checkpoint.compare.inspection import inspect_checkpoint
 

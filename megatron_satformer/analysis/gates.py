@@ -93,7 +93,7 @@ def _gates_of(model: Any, ids: torch.Tensor, batch: int) -> Iterator[tuple[torch
             gates = model(rows, output_gates=True, use_cache=False, logits_to_keep=1).gates
         if not gates:
             raise ValueError(
-                f"architecture ({model.config.architecture}) must be satformer: only it has gates."
+                f"architecture ({model.config.architecture}) must be one whose layers have gates."
             )
         yield gates  # alpha [b, s, ng] of each mixing layer
 

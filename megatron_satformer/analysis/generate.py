@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_satformer.checkpoint.convert.options import build_hf_config
 from megatron_satformer.checkpoint.convert.to_hf import check_names, read_state_dict
 from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
+from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.checkpoint.hugging_face.loading import (
     has_tokenizer,
     is_hugging_face,
@@ -188,8 +189,6 @@ def _folder_tokenizer(folder: Path, given: str | None) -> Any:
 def _load_megatron(
     load: Path, step: int | None, tokenizer: str | None, dtype: str | None
 ) -> tuple[Any, Any]:
-    from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-
     checkpoint = open_checkpoint(load, step)
     checkpoint.check_files()
     args = checkpoint.args
@@ -209,15 +208,14 @@ def _load_megatron(
     config = build_hf_config(args, len(tokens))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokens, name))
+    build = model_class(config.architecture)
     with torch.device("meta"):
-        shapes = SATFormerForCausalLM(config).state_dict()
+        shapes = build(config).state_dict()
     check_names(checkpoint, config, shapes)
     chosen = DTYPES[choose_dtype(args, dtype)]
     state = read_state_dict(checkpoint, config, chosen)
     with quiet_transformers():
-        model = SATFormerForCausalLM.from_pretrained(
-            None, config=config, state_dict=state, dtype=chosen
-        )
+        model = build.from_pretrained(None, config=config, state_dict=state, dtype=chosen)
     return model, tokens
 
 

@@ -26,8 +26,7 @@ from transformers import (
 )
 
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
 
 MEMORY_RUNS = 3
 
@@ -263,7 +262,7 @@ def _build_model(options: HFBenchmarkOptions, name: str) -> PreTrainedModel:
     elif name == "LlamaForCausalLM":
         model, config = LlamaForCausalLM, LlamaConfig(**shape)
     else:
-        model = SATFormerForCausalLM
-        config = SATFormerConfig(**shape, architecture=name, qk_norm=options.qk_layernorm)
+        model = model_class(name)
+        config = config_class(name)(**shape, qk_norm=options.qk_layernorm)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     return model._from_config(config, dtype=dtype).eval()

@@ -18,7 +18,7 @@ import torch
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.architectures import find_architecture
 
 MEMORY_STEPS = 3
 
@@ -171,14 +171,13 @@ def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Modul
 
     from megatron_satformer.arguments import has_transformer_engine
     from megatron_satformer.model.builder import (
-        SATFormerModelBuilder,
-        SATFormerModelConfig,
-        layer_spec_builder,
+        DecoderModelBuilder,
+        DecoderModelConfig,
+        build_layer_spec,
     )
-    from megatron_satformer.model.layer import ValueResidualLayer
 
     engine = torch.cuda.device_count() > 0 and has_transformer_engine()
-    config = SATFormerConfig(
+    config = find_architecture(architecture).config(
         architecture=architecture,
         num_layers=options.num_layers,
         hidden_size=options.hidden_size,
@@ -197,13 +196,13 @@ def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Modul
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         bf16=options.bf16,
     )
-    model_config = SATFormerModelConfig(
+    model_config = DecoderModelConfig(
         transformer=config,
-        transformer_layer_spec=layer_spec_builder(ValueResidualLayer),
+        transformer_layer_spec=build_layer_spec,
         vocab_size=options.vocab_size,
         seq_length=options.seq_length,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return SATFormerModelBuilder(model_config).build_model(groups, True, True).cuda()
+    return DecoderModelBuilder(model_config).build_model(groups, True, True).cuda()

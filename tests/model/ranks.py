@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,18 +11,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.convert.names import convert_to_megatron, iterate_names
-from megatron_satformer.checkpoint.exported.configuration_satformer import (
-    SATFormerConfig as ExportedConfig,
-)
-from megatron_satformer.config import SATFormerConfig
+from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import (
-    SATFormerModelBuilder,
-    SATFormerModelConfig,
-    layer_spec_builder,
+    DecoderModelBuilder,
+    DecoderModelConfig,
+    build_layer_spec,
 )
-from megatron_satformer.model.layer import ValueResidualLayer
 from megatron_satformer.model.parameters import count_parameters
-from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
+from megatron_satformer.parallel.stages import finish_chunks
+from tests.models import build_config, build_exported_config, build_twin
 
 # Odd sizes: nothing here is a multiple of 16, so every kind of row padding occurs.
 VOCABULARY, SEQUENCE, BATCH = 54, 19, 3
@@ -65,23 +61,28 @@ def build(options: dict[str, Any], tied: bool = True) -> Any:
         "gradient_accumulation_fusion": False,
         "tensor_model_parallel_size": torch.distributed.get_world_size(),
     }
-    config = SATFormerConfig(**base | SHAPE | options)
-    model_config = SATFormerModelConfig(
+    config = build_config(**base | SHAPE | options)
+    model_config = DecoderModelConfig(
         transformer=config,
-        transformer_layer_spec=layer_spec_builder(ValueResidualLayer),
+        transformer_layer_spec=build_layer_spec,
         vocab_size=VOCABULARY,
         seq_length=SEQUENCE,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=tied,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return SATFormerModelBuilder(model_config).build_model(groups, True, True)
+    return finish_chunks([DecoderModelBuilder(model_config).build_model(groups, True, True)])[0]
 
 
-def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[ReferenceModel, Any]:
+def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[Any, Any]:
     """The plain twin, its weights large enough that every path matters, and its exported config."""
     shape = SHAPE | options
-    config = ReferenceConfig(
+    architecture = shape.get("architecture", "satformer")
+    own = find_architecture(architecture).model_options
+    model = build_twin(
+        architecture,
+        seed=5,
+        scale=0.2,
         vocab_size=VOCABULARY,
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["ffn_hidden_size"],
@@ -89,23 +90,12 @@ def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[Referen
         num_attention_heads=shape["num_attention_heads"],
         num_key_value_heads=shape["num_query_groups"],
         head_dim=shape["kv_channels"],
-        architecture=shape.get("architecture", "satformer"),
-        value_gate=shape.get("value_gate", "relu"),
-        value_gate_bias=shape.get("value_gate_bias", False),
-        value_residual_last_k=shape.get("value_residual_last_k"),
         qk_norm=shape.get("qk_layernorm", True),
         attention_bias=shape.get("add_qkv_bias", False),
         tie_word_embeddings=tied,
+        **{name: shape[name] for name in own if name in shape},
     )
-    torch.manual_seed(5)
-    model = ReferenceModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    exported = asdict(config)
-    theta = exported.pop("rope_theta")
-    exported["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    return model, ExportedConfig(**exported)
+    return model, build_exported_config(architecture, model.config)
 
 
 def entries(model: Any, of: Callable[[Any], Any]) -> Iterator[tuple[str, tuple[slice, ...], Any]]:
@@ -137,7 +127,7 @@ def whole_tensors(tensors: dict[str, torch.Tensor], exported: Any) -> dict[str, 
     }
 
 
-def load(model: Any, reference: ReferenceModel, exported: Any) -> None:
+def load(model: Any, reference: Any, exported: Any) -> None:
     whole = whole_tensors(reference.state_dict(), exported)
     loaded = set()
     with torch.no_grad():
@@ -179,13 +169,14 @@ def equals_reference(options: dict[str, Any], tied: bool = True) -> None:
     gradients = {name: p.grad for name, p in reference.named_parameters()}
     whole = whole_tensors(gradients, exported)
     tp = _world_size()
+    for parameter in model.parameters():
+        if tp > 1 and getattr(parameter, "average_gradients_across_tp_domain", False):
+            torch.distributed.all_reduce(parameter.grad)  # so does it for these: their mean
+            parameter.grad /= tp
     for key, place, gradient in entries(model, lambda parameter: parameter.grad):
         replicated = gradient.shape == whole[key].shape and tp > 1
         if replicated and key.split(".")[-2] in ("q_layernorm", "k_layernorm"):
             torch.distributed.all_reduce(gradient)  # as finalize_model_grads does: sum over heads
-        elif replicated and "lambda" in key:
-            torch.distributed.all_reduce(gradient)
-            gradient = gradient / tp
         close(key, gradient, whole[key][place])
     check_padding(model)
     nothing_left(model)
@@ -199,7 +190,7 @@ def check_padding(model: Any) -> None:
     """Padding rows of linear_qkv: zero weight, exactly zero gradient, multiple of 16 in all."""
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        if model.config.architecture == "satformer" and attention.mixes:
+        if hasattr(attention, "_row_counts") and attention.mixes:
             weight = attention.linear_qkv.weight
             padding = attention._row_counts[2]
             assert weight.size(0) % 16 == 0

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import tests.architectures  # noqa: F401  # one more in the table
+from megatron_satformer.model.architectures import TABLE, all_architectures
+from tests.models import carries
+
 TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
 SP = "--sequence-parallel"
@@ -15,9 +19,11 @@ GQA2 = "--group-query-attention --num-query-groups 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
-EVERY = ("satformer", "resformer", "transformer")
-MIXING = ("satformer", "resformer")
-GATED = ("satformer",)
+# Architectures of the table, by what they have.
+EVERY = tuple(TABLE)
+CARRYING = tuple(a.name for a in all_architectures() if carries(a))
+MIXING = tuple(a.name for a in all_architectures() if "value_residual_last_k" in a.own_options)
+GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,17 @@ ROWS = (
     Row("TP2 + SP", 2, f"{TP2} {SP}", fast=EVERY),
     Row("TP4 + SP", 4, f"{TP4} {SP}", fast=GATED),
     Row("PP2", 2, PP2, fast=EVERY),
-    Row("PP4", 4, PP4, fast=MIXING),
-    Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=MIXING),
+    Row("PP4", 4, PP4, fast=CARRYING),
+    Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=CARRYING),
     Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8"),
     Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
     Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3"),
-    Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=MIXING),
+    Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=CARRYING),
     Row("PP2 x 2, layout Et||ttt|L", 2, f"{PP2} {LAYOUT} Et||ttt|L"),
-    Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=MIXING),
+    Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=CARRYING),
     Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L"),
     Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
-    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=GATED),
+    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=CARRYING),
     Row("TP2 x PP2 x DP2, distributed optimizer", 8, f"{TP2} {PP2} {OPTIMIZER}", fast=GATED),
     Row("TP2 x PP2 x DP2 + SP, distributed optimizer", 8, f"{TP2} {PP2} {SP} {OPTIMIZER}"),
     Row("DP2, distributed optimizer", 2, OPTIMIZER, fast=GATED),
@@ -70,6 +76,11 @@ ROWS = (
         f"{PP4} {LAYOUT} E|tt|tt|L {OPTIMIZER}",
     ),
     Row("PP2, 8 micro-batches", 2, f"{PP2} --micro-batch-size 1"),
+    Row(
+        "PP2 x 2 virtual, groups of 3 of 8 micro-batches",
+        2,
+        f"{PP2} {VIRTUAL} --micro-batch-size 1 --microbatch-group-size-per-virtual-pipeline-stage 3",
+    ),
     Row("recompute full, uniform", 1, UNIFORM),
     Row("recompute full, block", 1, BLOCK),
     Row("recompute selective", 1, SELECTIVE),

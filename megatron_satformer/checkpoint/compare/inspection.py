@@ -9,11 +9,16 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_satformer.checkpoint.convert.options import own_options
+from megatron_satformer.checkpoint.convert.paper_layout import build_config, rename
 from megatron_satformer.checkpoint.dtypes import CODES, name_dtype
+from megatron_satformer.checkpoint.hugging_face.accepted import parse_config
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
 from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
 from megatron_satformer.checkpoint.megatron.damage import find_damage
@@ -22,11 +27,13 @@ from megatron_satformer.checkpoint.megatron.reader import (
     MegatronCheckpoint,
     open_checkpoint,
 )
+from megatron_satformer.model.architectures import TABLE, find_architecture
+from megatron_satformer.model.architectures.record import OwnTensor
 
 # Group -> the args that say most, in this order; those that are absent or not given are left out.
 ARGS = {
-    "model": "architecture value_gate value_gate_bias value_residual_last_k num_layers hidden_size "
-    "ffn_hidden_size num_attention_heads num_query_groups kv_channels num_experts "
+    "model": "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+    "kv_channels num_experts "
     "max_position_embeddings rotary_base padded_vocab_size untie_embeddings_and_output_weights",
     "layout": "tensor_model_parallel_size pipeline_model_parallel_size "
     "virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
@@ -36,11 +43,9 @@ ARGS = {
     "data": "data_path split tokenizer_type tokenizer_model",
 }
 CONFIG = (
-    "architectures model_type architecture value_gate value_gate_bias value_residual_last_k "
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings rope_parameters vocab_size tie_word_embeddings dtype"
 )
-GATES = ("value_gate", "value_lambda2", "value_residual", "alpha_proj")
 EMBEDDINGS = ("embedding.", "output_layer.", "embed_tokens", "lm_head")
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 WIDTH = 100
@@ -69,6 +74,7 @@ class Inspection:
         tensors: Key -> shape and dtype, of the model alone.
         bytes: On disk, by purpose.
         problems: Files that are missing or cut short.
+        own: Keys of `tensors` that the architecture adds to a plain Transformer.
     """
 
     folder: str
@@ -81,14 +87,15 @@ class Inspection:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     bytes: Mapping[str, int]
     problems: list[str]
+    own: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Numbers stored: all, in embedding and output layer, in gates or lambdas."""
+        """Numbers stored: all, in embedding and output layer, in what the architecture adds."""
         return {
             "total": self._count(("",)),
             "embedding": self._count(EMBEDDINGS),
-            "gates": self._count(GATES),
+            "own": sum(prod(t.shape) for key, t in self.tensors.items() if key in self.own),
         }
 
     def _count(self, parts: tuple[str, ...]) -> int:
@@ -113,7 +120,8 @@ class Inspection:
         lines += _wrapped(
             "parameters",
             [f"{numbers['total']:,} in all" + " with padding" * (self.kind == "Megatron")]
-            + [f"{numbers[name]:,} in {name}" for name in ("embedding", "gates")],
+            + [f"{numbers['embedding']:,} in embedding"]
+            + [f"{numbers['own']:,} that a plain Transformer has not"],
         )
         lines += _wrapped("on disk", [f"{k} {_size(v)}" for k, v in self.bytes.items()])
         lines += ["", f"{len(self.tensors)} tensors of the model:"]
@@ -160,7 +168,21 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         },
         bytes=_megatron_bytes(checkpoint),
         problems=find_damage(folder, checkpoint.metadata),  # the optimizer's files too
+        own=frozenset(tensor.megatron for tensor in _own_tensors(SimpleNamespace(**_shape(args)))),
     )
+
+
+def _shape(args: Namespace) -> dict[str, Any]:
+    """What an architecture's own tensors depend on."""
+    grouped = getattr(args, "group_query_attention", False)
+    groups = args.num_query_groups if grouped else args.num_attention_heads
+    names = ("num_layers", "hidden_size", "kv_channels", "ffn_hidden_size")
+    shape = {name: getattr(args, name, None) for name in names}
+    return own_options(args) | shape | {"num_query_groups": groups}
+
+
+def _own_tensors(options: Any) -> list[OwnTensor]:
+    return [t for _, t in find_architecture(options.architecture).all_tensors(options)]
 
 
 def _chosen_args(args: Namespace) -> dict[str, dict[str, Any]]:
@@ -169,9 +191,8 @@ def _chosen_args(args: Namespace) -> dict[str, dict[str, Any]]:
         group: {name: given[name] for name in names.split() if given.get(name) not in (None, False)}
         for group, names in ARGS.items()
     }
-    model = groups["model"]
-    if model.get("architecture") != "satformer":
-        model.pop("value_gate", None)
+    own = {name: value for name, value in own_options(args).items() if value not in (None, False)}
+    model = groups["model"] = own | groups["model"]
     if not given.get("group_query_attention"):
         model.pop("num_query_groups", None)
     return groups
@@ -195,7 +216,9 @@ def _inspect_hugging_face(folder: Path) -> Inspection:
         key: StoredTensor(stored.shape, names.get(stored.code, stored.code))
         for key, stored in found.tensors.items()
     }
-    model = {name: config[name] for name in CONFIG.split() if config.get(name) is not None}
+    own, named = _hugging_face_own(config, folder)
+    shown = ("architectures", "model_type", "architecture", *named, *CONFIG.split())
+    model = {name: config[name] for name in shown if config.get(name) is not None}
     if "dtype" not in model and "torch_dtype" in config:
         model["dtype"] = config["torch_dtype"]
     weights = sum(file.stat().st_size for file in found.files)
@@ -218,7 +241,24 @@ def _inspect_hugging_face(folder: Path) -> Inspection:
         tensors=dict(sorted(tensors.items(), key=lambda item: _natural(item[0]))),
         bytes={"model": weights, "other": total - weights, "total": total},
         problems=found.problems,
+        own=own,
     )
+
+
+def _hugging_face_own(content: Mapping[str, Any], folder: Path) -> tuple[frozenset[str], list[str]]:
+    """Names of the architecture's own tensors, and of its options; none where it is not ours."""
+    try:
+        config, rename_own = parse_config(content, folder), lambda name: name
+    except ValueError:
+        try:
+            config = build_config(content, str(folder))
+        except ValueError:
+            return frozenset(), []
+        rename_own = partial(rename, config=config)
+    if getattr(config, "architecture", None) not in TABLE:
+        return frozenset(), []  # transformers' own class
+    names = [rename_own(name) for tensor in _own_tensors(config) for name in tensor.hf]
+    return frozenset(names), [*find_architecture(config.architecture).model_options]
 
 
 def _refuse_torch_file(file: Path) -> dict[str, Stored]:

@@ -42,6 +42,7 @@ from megatron_satformer.checkpoint.megatron.model import (
     megatron_logits,
 )
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.model.architectures import PLAIN
 
 CHUNK = 64  # rows of logits
 VERIFY_SEQUENCES, VERIFY_LENGTH = 4, 256
@@ -254,7 +255,7 @@ def _megatron_side(checkpoint: MegatronCheckpoint, rounded_to: torch.dtype | Non
         encode, vocab_size = tokenizer.encode, tokenizer.vocab_size
     except (ValueError, OSError) as error:
         reason = str(error)
-    name = f"{checkpoint.folder} (Megatron, {getattr(args, 'architecture', 'transformer')})"
+    name = f"{checkpoint.folder} (Megatron, {getattr(args, 'architecture', PLAIN)})"
     longest = args.max_position_embeddings
     return _Side(name, args.padded_vocab_size, vocab_size, longest, load, encode, reason)
 

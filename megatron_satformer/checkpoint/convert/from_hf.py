@@ -7,10 +7,11 @@ tensor at a time in memory.
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from megatron_satformer.checkpoint.convert.names import (
     iterate_names,
 )
 from megatron_satformer.checkpoint.dtypes import DTYPES, check_dtype, name_dtype
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.accepted import (
     check_tensors,
     model_shapes,
@@ -39,6 +39,7 @@ from megatron_satformer.checkpoint.megatron.args import (
 from megatron_satformer.checkpoint.megatron.reader import TRACKER
 from megatron_satformer.checkpoint.megatron.release import RELEASE, Piece, write_release
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+from megatron_satformer.model.architectures import find_architecture
 
 EXTRA_STATES = (
     *("self_attention.linear_qkv", "self_attention.linear_proj"),
@@ -102,7 +103,7 @@ def import_from_hf(
     save: Path,
     overwrite: bool = False,
     architecture: str | None = None,
-    value_gate: str | None = None,
+    options: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     make_vocab_size_divisible_by: int = 128,
     tensor_model_parallel_size: int = 1,
@@ -114,8 +115,9 @@ def import_from_hf(
         load: Folder with config.json and weights.
         save: Folder to make, for --pretrained-checkpoint or --load.
         overwrite: Whether an earlier import at `save` may be replaced.
-        architecture: "satformer" gives a plain Transformer gates of zero; None keeps what it is.
-        value_gate: Of those gates: "tanh" (None means that) or "identity".
+        architecture: What a plain Transformer becomes, with zeros for what that adds; None keeps
+            what it is.
+        options: Own options of that architecture, such as {"value_gate": "identity"}.
         dtype: One of DTYPES; None for the folder's.
         make_vocab_size_divisible_by: Of the embedding's rows, on each tensor-parallel rank.
         tensor_model_parallel_size: For that padding alone: the checkpoint fits any layout.
@@ -127,9 +129,9 @@ def import_from_hf(
     start = time.perf_counter()
     _check_save(save, overwrite)
     folder = open_hf_folder(load)
-    model = read_model(folder, architecture, value_gate, accept_qk_norm_eps)
+    model = read_model(folder, architecture, options or {}, accept_qk_norm_eps)
     config = model.config
-    folder = check_tensors(folder, config, model.adds_gates)
+    folder = check_tensors(folder, config, model.adds)
     kind = _find_dtype(folder, dtype)
     padded = pad_vocab_size(
         config.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
@@ -178,13 +180,10 @@ def _find_dtype(folder: HFFolder, given: str | None) -> str:
     return found
 
 
-def _plan(
-    folder: HFFolder, config: SATFormerConfig, dtype: torch.dtype, padded: int
-) -> Iterator[Piece]:
-    # the lambdas stay float32, as in an export: bf16 is too coarse for them
-    alike = config.architecture == "transformer"
+def _plan(folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Iterator[Piece]:
+    alike = find_architecture(config.architecture).config.layers_alike
     for name in iterate_names(config):
-        kind = torch.float32 if "lambda" in name.megatron else dtype
+        kind = torch.float32 if name.fp32 else dtype
         stacked = alike and name.layer is not None
         yield Piece(
             key=name.stacked if stacked else name.megatron,
@@ -196,31 +195,28 @@ def _plan(
         )
 
 
-def _find_shape(
-    name: Name, folder: HFFolder, config: SATFormerConfig, padded: int
-) -> tuple[int, ...]:
+def _find_shape(name: Name, folder: HFFolder, config: Any, padded: int) -> tuple[int, ...]:
     if name.hf[0] not in folder.tensors:
-        return (config.num_key_value_heads, config.hidden_size)  # gates of zero
+        assert name.own_shape is not None, name
+        return name.own_shape  # zeros
     shapes = [folder.tensors[part].shape for part in name.hf]
     rows = padded if name.packing == "vocabulary" else sum(shape[0] for shape in shapes)
     return (rows, *shapes[0][1:])
 
 
-def _build(
-    name: Name, folder: HFFolder, config: SATFormerConfig, dtype: torch.dtype, padded: int
-) -> Tensor:
+def _build(name: Name, folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Tensor:
     if name.hf[0] not in folder.tensors:
         return torch.zeros(_find_shape(name, folder, config, padded), dtype=dtype)
     parts = {part: folder.read(part, dtype) for part in name.hf}
     return convert_to_megatron(name, parts, config, padded)
 
 
-def _extra_states(config: SATFormerConfig) -> Iterator[str]:
+def _extra_states(config: Any) -> Iterator[str]:
     """Keys with their place, of every layer; stacked layers have one key and many places."""
     layers = config.num_hidden_layers
     for n in range(layers):
         for module in EXTRA_STATES:
-            if config.architecture == "transformer":
+            if find_architecture(config.architecture).config.layers_alike:
                 yield f"decoder.layers.{module}._extra_state/shard_{n}_{layers}"
             else:
                 yield f"decoder.layers.{n}.{module}._extra_state/shard_0_1"

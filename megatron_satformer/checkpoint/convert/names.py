@@ -6,17 +6,16 @@ ng KV heads, hn head dim, ffn MLP width.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.architectures.record import Packing
 
 MEGATRON_LAYER = "decoder.layers.{n}."
 HF_LAYER = "model.layers.{n}."
-
-Packing = Literal["one", "vocabulary", "qkv", "halves"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,16 @@ class Name:
             at the end. "qkv": rows per KV group, its np/ng query heads, its key head, its value
             head. "halves": one after the other.
         layer: Layer (0-based) it belongs to, None for the model's own.
+        fp32: Whether it is float32 in every model.
+        own_shape: Of what the architecture adds to a plain Transformer; None for the rest.
     """
 
     megatron: str
     hf: tuple[str, ...]
     packing: Packing = "one"
     layer: int | None = None
+    fp32: bool = False
+    own_shape: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> str:
@@ -46,10 +49,6 @@ class Name:
 EMBEDDING = Name("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
 FINAL_NORM = Name("decoder.final_layernorm.weight", ("model.norm.weight",))
 OUTPUT = Name("output_layer.weight", ("lm_head.weight",), "vocabulary")
-LAMBDAS = tuple(
-    Name(f"decoder.value_residual.{name}", (f"model.value_residual.{name}",))
-    for name in ("lambda_logits", "lambda_scale")
-)
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _LAYER: dict[str, tuple[str, tuple[str, ...], Packing]] = {
     "input_norm": (
@@ -61,9 +60,6 @@ _LAYER: dict[str, tuple[str, tuple[str, ...], Packing]] = {
     "qkv_bias": ("self_attention.linear_qkv.bias", tuple(f"{n}.bias" for n in _QKV), "qkv"),
     "q_norm": ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "one"),
     "k_norm": ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "one"),
-    "gate": ("self_attention.value_gate.weight", ("self_attn.value_gate.weight",), "one"),
-    "gate_bias": ("self_attention.value_gate.bias", ("self_attn.value_gate.bias",), "one"),
-    "lambda2": ("self_attention.value_lambda2", ("self_attn.value_lambda2",), "one"),
     "output": ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "one"),
     "mlp_norm": ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), "one"),
     "mlp_in": ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "halves"),
@@ -71,43 +67,42 @@ _LAYER: dict[str, tuple[str, tuple[str, ...], Packing]] = {
 }
 
 
-def iterate_names(config: SATFormerConfig) -> Iterator[Name]:
-    """Yields the names of every tensor of a model, in the order of its layers."""
+def iterate_names(config: Any) -> Iterator[Name]:
+    """Yields the names of every tensor of a model, in the order of its layers.
+
+    Args:
+        config: Exported configuration of the model.
+    """
+    own = [
+        Name(t.megatron, t.hf, t.packing, n - 1 if n else None, t.fp32, t.shape)
+        for n, t in find_architecture(config.architecture).all_tensors(config)
+    ]
+    taken = {name for tensor in own for name in tensor.hf}
+    absent = {
+        "qkv_bias": not config.attention_bias,
+        "q_norm": not config.qk_norm,
+        "k_norm": not config.qk_norm,
+    }
     yield EMBEDDING
-    if config.architecture == "resformer":
-        yield from LAMBDAS
+    yield from (name for name in own if name.layer is None)
     for n in range(config.num_hidden_layers):
-        mixes = n in config.mixing_layers
-        absent = {
-            "qkv_bias": not config.attention_bias,
-            "q_norm": not config.qk_norm,
-            "k_norm": not config.qk_norm,
-            "gate": not (mixes and config.architecture == "satformer"),
-            "gate_bias": not (
-                mixes and config.architecture == "satformer" and config.value_gate_bias
-            ),
-            "lambda2": not (mixes and config.architecture == "resformer"),
-        }
         for part, (megatron, hf, packing) in _LAYER.items():
-            if not absent.get(part, False):
-                yield Name(
-                    MEGATRON_LAYER.format(n=n) + megatron,
-                    tuple(HF_LAYER.format(n=n) + name for name in hf),
-                    packing,
-                    n,
-                )
+            names = tuple(HF_LAYER.format(n=n) + name for name in hf)
+            if not (absent.get(part, False) or taken.intersection(names)):
+                yield Name(MEGATRON_LAYER.format(n=n) + megatron, names, packing, n)
+        yield from (name for name in own if name.layer == n)
     yield FINAL_NORM
     if not config.tie_word_embeddings:
         yield OUTPUT
 
 
-def convert_to_hf(name: Name, tensor: Tensor, config: SATFormerConfig) -> dict[str, Tensor]:
+def convert_to_hf(name: Name, tensor: Tensor, config: Any) -> dict[str, Tensor]:
     """Takes one Megatron tensor apart.
 
     Args:
         name: Of the table.
         tensor: Of the checkpoint, whole (no parallelism).
-        config: Shape of the model.
+        config: Exported configuration of the model.
 
     Returns:
         Hugging Face name -> tensor with memory of its own.
@@ -129,14 +124,14 @@ def convert_to_hf(name: Name, tensor: Tensor, config: SATFormerConfig) -> dict[s
 
 
 def convert_to_megatron(
-    name: Name, tensors: Mapping[str, Tensor], config: SATFormerConfig, padded_vocab_size: int
+    name: Name, tensors: Mapping[str, Tensor], config: Any, padded_vocab_size: int
 ) -> Tensor:
     """Puts one Megatron tensor together, the inverse of `convert_to_hf`.
 
     Args:
         name: Of the table.
         tensors: Hugging Face state dict.
-        config: Shape of the model.
+        config: Exported configuration of the model.
         padded_vocab_size: Rows of Megatron's embedding. Those added repeat the last one: rows of
             zeros would have the logit 0, far above that of most tokens in a trained model, and
             raise its loss.
@@ -151,5 +146,5 @@ def convert_to_megatron(
     return torch.cat(pieces)
 
 
-def _queries_per_group(config: SATFormerConfig) -> int:
+def _queries_per_group(config: Any) -> int:
     return config.num_attention_heads // config.num_key_value_heads

@@ -1,12 +1,13 @@
 """What a checkpoint's arguments mean for the exported model, and what cannot be exported.
 
-Fields are those of Megatron's argument parser (0.19.2) and the five of this project.
+Fields are those of Megatron's argument parser (0.19.2) and this project's own.
 """
 
 from argparse import Namespace
 from typing import Any
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.code import config_class
+from megatron_satformer.model.architectures import PLAIN, find_architecture
 
 # option -> the one value that the exported model computes, where any other means another model
 REQUIRED: dict[str, Any] = {
@@ -58,8 +59,19 @@ def check_exportable(args: Namespace) -> None:
             )
 
 
-def build_hf_config(args: Namespace, vocab_size: int) -> SATFormerConfig:
-    """Builds the exported model's configuration.
+def own_options(args: Namespace) -> dict[str, Any]:
+    """Architecture of a checkpoint and its own options; what an older one lacks has its default.
+
+    Args:
+        args: Of the checkpoint.
+    """
+    name = getattr(args, "architecture", PLAIN)
+    defaults = find_architecture(name).model_options
+    return {"architecture": name} | {o: getattr(args, o, d) for o, d in defaults.items()}
+
+
+def build_hf_config(args: Namespace, vocab_size: int) -> Any:
+    """Builds the exported model's configuration, of the architecture's own class.
 
     Args:
         args: Of the checkpoint.
@@ -71,11 +83,9 @@ def build_hf_config(args: Namespace, vocab_size: int) -> SATFormerConfig:
     check_exportable(args)
     heads = args.num_attention_heads
     epsilon = getattr(args, "norm_epsilon", None) or args.layernorm_epsilon
-    return SATFormerConfig(
-        architecture=getattr(args, "architecture", "transformer"),
-        value_gate=getattr(args, "value_gate", "relu"),
-        value_gate_bias=getattr(args, "value_gate_bias", False),
-        value_residual_last_k=getattr(args, "value_residual_last_k", None),
+    own = own_options(args)
+    return config_class(own["architecture"])(
+        **own,
         vocab_size=vocab_size,
         hidden_size=args.hidden_size,
         intermediate_size=args.ffn_hidden_size,

@@ -7,7 +7,6 @@ carried along in config.json, so that the way back gives the same file.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,35 +15,34 @@ from typing import Any
 
 import torch
 
-from megatron_satformer.checkpoint import exported
-from megatron_satformer.checkpoint.convert.to_hf import AUTO_MAP, CODE
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.hugging_face.accepted import (
-    check_tensors,
+from megatron_satformer.checkpoint.hugging_face.accepted import check_tensors, read_config
+from megatron_satformer.checkpoint.hugging_face.code import (
+    build_auto_map,
+    config_class,
+    model_class,
     model_shapes,
-    read_config,
+    write_code,
 )
 from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder, open_hf_folder
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+from megatron_satformer.model.architectures import (
+    PLAIN,
+    all_architectures,
+    find_architecture,
+)
+from megatron_satformer.model.architectures.record import PaperLayout
 
 EMBEDDING = "model.embed_tokens.weight"
 # The epsilon of QK-norm there, whatever norm_eps says.
 QK_NORM_EPS = 1e-5
-MODEL_TYPES = {"satformer": "SATFormer", "resformer": "ResFormer", "transformer": "transformer"}
-CLASSES = {kind: f"{kind[0].upper()}{kind[1:]}ForCausalLM" for kind in MODEL_TYPES.values()}
-# part of our name -> part of theirs
+# part of our name -> part of theirs; those of an architecture's own tensors are in its record
 RENAMED = {
     "model.embed_tokens.": "model.embeddings.",
-    "model.value_residual.": "model.lambda_manager.",
     ".input_layernorm.": ".attn_norm.",
     ".post_attention_layernorm.": ".mlp_norm.",
-    ".self_attn.value_gate.": ".attn.value_residual_mixing.alpha_proj.",
-    ".self_attn.value_lambda2": ".attn.value_residual_mixing.lambda2",
     ".self_attn.": ".attn.",
 }
-# one number: an axis of length 1 here, no axis there
-SCALARS = ("value_lambda2", "lambda_scale")
 # our field -> theirs, where the value is the same
 FIELDS = {
     "hidden_size": "hidden_size",
@@ -63,9 +61,6 @@ FIELDS = {
     "eos_token_id": "eos_token_id",
     "tie_word_embeddings": "tie_word_embeddings",
     "vocab_size": "vocab_size",
-    "value_gate": "value_residual_gate",
-    "value_gate_bias": "value_residual_proj_bias",
-    "value_residual_last_k": "value_residual_last_k",
 }
 # what their classes take a missing key for
 DEFAULTS: dict[str, Any] = {
@@ -131,7 +126,7 @@ class Conversion:
         return "\n".join([made, *self.notes])
 
 
-def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> Conversion:
+def convert_from_paper(load: Path, save: Path, overwrite: bool = False) -> Conversion:
     """Writes our Hugging Face folder, whole or not at all.
 
     Args:
@@ -147,25 +142,25 @@ def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> C
     folder = open_hf_folder(load)
     config = build_config(folder.config, str(load))
     if config.tie_word_embeddings:
-        folder = folder.without_tied("lm_head.weight", _rename(EMBEDDING))
-    names = {name: _rename(name) for name in model_shapes(config)}
+        folder = folder.without_tied("lm_head.weight", rename(EMBEDDING, config))
+    names = {name: rename(name, config) for name in model_shapes(config)}
     folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
     tensors = {
         name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
         for name, shape in model_shapes(config).items()
     }
     config.dtype = folder.find_dtype(names[EMBEDDING])
-    config.architectures, config.auto_map = ["SATFormerForCausalLM"], AUTO_MAP
-    if build_reference_config(config) != folder.config:
-        config.reference_config = folder.config
+    config.architectures = [model_class(config.architecture).__name__]
+    config.auto_map = build_auto_map(config.architecture)
+    if build_paper_config(config) != folder.config:
+        config.paper_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
         _copy_weights(writer, folder, names, tensors, partial)
         config.to_json_file(partial / CONFIG)
         _write_generation_config(config, partial)
-        for name in CODE:
-            shutil.copyfile(Path(exported.__file__).parent / name, partial / name)
+        write_code(config.architecture, partial)
         folder.copy_tokenizer(partial)
         card = CARD.format(architecture=config.architecture)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -174,7 +169,7 @@ def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> C
     return Conversion(save, kind, parameters, writer.bytes, time.perf_counter() - start)
 
 
-def convert_to_reference(
+def convert_to_paper(
     load: Path, save: Path, overwrite: bool = False, accept_qk_norm_eps: bool = False
 ) -> Conversion:
     """Writes the folder in the paper's layout, whole or not at all.
@@ -194,14 +189,14 @@ def convert_to_reference(
     config = read_config(folder)
     notes = _check_representable(config, str(load), accept_qk_norm_eps)
     folder = check_tensors(folder, config)
-    names = {_rename(name): name for name in model_shapes(config)}
+    names = {rename(name, config): name for name in model_shapes(config)}
     tensors = {
         name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
         for name, shape in _their_shapes(config).items()
     }
     config.dtype = folder.find_dtype(EMBEDDING)
-    content = build_reference_config(config)
-    original = getattr(config, "reference_config", None)
+    content = build_paper_config(config)
+    original = getattr(config, "paper_config", getattr(config, "reference_config", None))
     if original is not None and _same_model(build_config(original, str(load)), config):
         content = original
     with written_atomically(save) as partial:
@@ -217,7 +212,7 @@ def convert_to_reference(
     return Conversion(save, kind, parameters, writer.bytes, seconds, tuple(notes))
 
 
-def build_config(content: Mapping[str, Any], where: str) -> SATFormerConfig:
+def build_config(content: Mapping[str, Any], where: str) -> Any:
     """Reads their options as ours.
 
     Args:
@@ -228,56 +223,65 @@ def build_config(content: Mapping[str, Any], where: str) -> SATFormerConfig:
         ValueError: Names the option that our classes have no equal for.
     """
     kind = content.get("model_type")
-    if kind not in MODEL_TYPES.values():
+    layouts = {a.paper.model_type: a.name for a in all_architectures() if a.paper is not None}
+    if kind not in layouts:
         raise ValueError(
-            f"model_type ({kind}) of {where} must be {' or '.join(MODEL_TYPES.values())}, as in "
-            "the paper's repository."
+            f"model_type ({kind}) of {where} must be {' or '.join(layouts)}, as in the paper's "
+            "repository."
         )
     theirs = DEFAULTS | dict(content)
-    architecture = next(ours for ours, name in MODEL_TYPES.items() if name == kind)
-    if not theirs["use_value_residual"]:
-        architecture = "transformer"
-    _check_computed(theirs, architecture, where)
+    architecture = layouts[str(kind)] if theirs["use_value_residual"] else PLAIN
+    _check_computed(theirs, where)
     fields = {ours: theirs[name] for ours, name in FIELDS.items()}
     if fields["intermediate_size"] is None:
         fields["intermediate_size"] = _derive_width(theirs["hidden_size"], theirs["hidden_ratio"])
-    if architecture != "satformer":
-        del fields["value_gate"], fields["value_gate_bias"]
-    last_k = theirs["value_residual_last_k"]
-    if architecture == "transformer" or (
-        last_k is not None and last_k >= fields["num_hidden_layers"]
-    ):
+    fields |= {ours: theirs[name] for ours, name in _paper(architecture).options.items()}
+    last_k = fields.get("value_residual_last_k")
+    if last_k is not None and last_k >= fields["num_hidden_layers"]:
         fields["value_residual_last_k"] = None
     eps = QK_NORM_EPS if theirs["qk_norm"] and theirs["norm_eps"] != QK_NORM_EPS else None
     rope = {"rope_type": "default", "rope_theta": float(theirs["rope_theta"])}
-    return SATFormerConfig(
-        **fields, architecture=architecture, qk_norm_eps=eps, rope_parameters=rope
-    )
+    config = config_class(architecture)(**fields, qk_norm_eps=eps, rope_parameters=rope)
+    _check_own_options(config, where)
+    return config
 
 
-def build_reference_config(config: SATFormerConfig) -> dict[str, Any]:
+def build_paper_config(config: Any) -> dict[str, Any]:
     """Writes our options as theirs.
 
     Args:
-        config: Of a model that `convert_to_reference` does not refuse.
+        config: Of a model that `convert_to_paper` does not refuse.
     """
     assert config.rope_parameters is not None
-    kind = MODEL_TYPES[config.architecture]
-    content: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind}
-    content |= {name: getattr(config, ours) for ours, name in FIELDS.items()}
+    paper = _paper(config.architecture)
+    kind = paper.model_type
+    name = f"{kind[0].upper()}{kind[1:]}ForCausalLM"
+    content: dict[str, Any] = {"architectures": [name], "model_type": kind}
+    content |= {name: getattr(config, ours) for ours, name in {**FIELDS, **paper.options}.items()}
     content |= {"hidden_act": "swish", "window_size": None}
     content["rope_theta"] = config.rope_parameters["rope_theta"]
     content["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    if config.architecture != "satformer":
-        del content["value_residual_gate"], content["value_residual_proj_bias"]
-    if config.architecture == "transformer":
-        del content["value_residual_last_k"]
-    else:
+    if config.architecture != PLAIN:
         content["use_value_residual"] = True
     return content
 
 
-def _check_computed(theirs: Mapping[str, Any], architecture: str, where: str) -> None:
+def _paper(architecture: str) -> PaperLayout:
+    """How that repository stores an architecture.
+
+    Raises:
+        ValueError: It does not.
+    """
+    layout = find_architecture(architecture).paper
+    if layout is None:
+        raise ValueError(
+            f"architecture ({architecture}) must be one of the paper's repository to be converted "
+            "to its layout."
+        )
+    return layout
+
+
+def _check_computed(theirs: Mapping[str, Any], where: str) -> None:
     if theirs["window_size"] is not None:
         raise ValueError(
             f"window_size ({theirs['window_size']}) of {where} must be null: ours has none."
@@ -293,21 +297,15 @@ def _check_computed(theirs: Mapping[str, Any], architecture: str, where: str) ->
             f"hidden_size ({theirs['hidden_size']}) of {where} must be a multiple of num_heads "
             f"({theirs['num_heads']})."
         )
-    _check_lambdas(
-        architecture, theirs["value_residual_last_k"], theirs["num_hidden_layers"], where
-    )
 
 
-def _check_lambdas(architecture: str, last_k: int | None, layers: int, where: str) -> None:
-    if architecture == "resformer" and last_k is not None and last_k < layers - 1:
-        raise ValueError(
-            f"value_residual_last_k ({last_k}) of {where} must be left out for a ResFormer: the "
-            "softmax of its lambdas runs over all layers but the first in the paper's repository, "
-            "over the layers that mix in ours."
-        )
+def _check_own_options(config: Any, where: str) -> None:
+    reason = _paper(config.architecture).refuse(config)
+    if reason is not None:
+        raise ValueError(f"{where} cannot be converted: {reason}.")
 
 
-def _check_representable(config: SATFormerConfig, where: str, accept: bool) -> list[str]:
+def _check_representable(config: Any, where: str, accept: bool) -> list[str]:
     heads = config.num_attention_heads
     if config.head_dim * heads != config.hidden_size:
         raise ValueError(
@@ -319,9 +317,7 @@ def _check_representable(config: SATFormerConfig, where: str, accept: bool) -> l
             f"attention_dropout ({config.attention_dropout}) of {where} must be 0: the paper's "
             "repository has none."
         )
-    _check_lambdas(
-        config.architecture, config.value_residual_last_k, config.num_hidden_layers, where
-    )
+    _check_own_options(config, where)
     eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
     if not config.qk_norm or eps == QK_NORM_EPS:
         return []
@@ -333,13 +329,15 @@ def _check_representable(config: SATFormerConfig, where: str, accept: bool) -> l
         )
     return [
         f"NOTE: QK-norm's epsilon is {QK_NORM_EPS} there and was {eps}, which moves the logits; "
-        "compare the folder with what from-reference makes of it to see how far."
+        "compare the folder with what from-paper makes of it to see how far."
     ]
 
 
-def _same_model(one: SATFormerConfig, other: SATFormerConfig) -> bool:
-    fields = (*FIELDS, "architecture", "qk_norm_eps", "head_dim", "rope_parameters")
-    return all(getattr(one, field) == getattr(other, field) for field in fields)
+def _same_model(one: Any, other: Any) -> bool:
+    own = _paper(one.architecture).options
+    fields = (*FIELDS, *own, "qk_norm_eps", "head_dim", "rope_parameters")
+    same = one.architecture == other.architecture
+    return same and all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
 def _derive_width(hidden_size: int, ratio: float | None) -> int:
@@ -348,15 +346,17 @@ def _derive_width(hidden_size: int, ratio: float | None) -> int:
     return math.ceil(width / MULTIPLE) * MULTIPLE
 
 
-def _rename(name: str) -> str:
-    for ours, theirs in RENAMED.items():
+def rename(name: str, config: Any) -> str:
+    """Their name of a tensor of ours."""
+    for ours, theirs in {**_paper(config.architecture).names, **RENAMED}.items():
         name = name.replace(ours, theirs)
     return name
 
 
-def _their_shapes(config: SATFormerConfig) -> dict[str, tuple[int, ...]]:
+def _their_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    scalars = _paper(config.architecture).scalars
     return {
-        _rename(name): () if name.endswith(SCALARS) else shape
+        rename(name, config): () if scalars and name.endswith(scalars) else shape
         for name, shape in model_shapes(config).items()
     }
 
@@ -376,7 +376,7 @@ def _copy_weights(
     writer.finish()
 
 
-def _write_generation_config(config: SATFormerConfig, partial: Path) -> None:
+def _write_generation_config(config: Any, partial: Path) -> None:
     from transformers import GenerationConfig
 
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

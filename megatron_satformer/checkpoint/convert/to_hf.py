@@ -4,7 +4,6 @@ One CPU process, no process group. Weights go from file to file tensor by tensor
 does not grow with the model; --verify alone loads it.
 """
 
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint import exported
 from megatron_satformer.checkpoint.compare.verification import (
     check_verifiable,
     verify_folder,
@@ -29,8 +27,13 @@ from megatron_satformer.checkpoint.convert.names import (
 )
 from megatron_satformer.checkpoint.convert.options import build_hf_config, check_exportable
 from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
+from megatron_satformer.checkpoint.hugging_face.code import (
+    build_auto_map,
+    model_class,
+    model_shapes,
+    write_code,
+)
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
 from megatron_satformer.checkpoint.hugging_face.tokenizer import (
@@ -45,12 +48,6 @@ from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_satformer.SATFormerConfig",
-    "AutoModel": "modeling_satformer.SATFormerModel",
-    "AutoModelForCausalLM": "modeling_satformer.SATFormerForCausalLM",
-}
-CODE = ("configuration_satformer.py", "modeling_satformer.py")
 MARKER = "config.json"
 
 
@@ -129,8 +126,10 @@ def export_to_hf(
         tokens = _write_config_and_tokenizer(plan, folder)
         _write_weights(checkpoint, plan.config, DTYPES[plan.dtype], writer)
         verified = verify_folder(checkpoint, folder) if verify else None
-        name = model_class_name(plan.stock)
-        facts = Facts(checkpoint.step, parameters, plan.dtype, name, tokens, verified)
+        name = model_class_name(plan.config, plan.stock)
+        facts = Facts(
+            checkpoint.step, parameters, plan.dtype, name, plan.stock is None, tokens, verified
+        )
         card = build_card(plan.config, checkpoint.args, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.iterdir())
@@ -152,7 +151,7 @@ class _Plan:
         ids: Of bos, eos and pad.
     """
 
-    config: SATFormerConfig
+    config: Any
     stock: Any | None
     shapes: dict[str, Tensor]
     dtype: str
@@ -171,20 +170,20 @@ def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: st
     for name, value in ids.items():
         setattr(config, name, value)
     stock = build_stock_config(config)
-    shapes = _build_shapes(config, stock, DTYPES[dtype])
+    shapes = _build_shapes(config, DTYPES[dtype])
     check_names(checkpoint, config, shapes)
     return _Plan(config, stock, shapes, dtype, options, tokens, ids)
 
 
 def read_state_dict(
-    checkpoint: MegatronCheckpoint, config: SATFormerConfig, dtype: torch.dtype
+    checkpoint: MegatronCheckpoint, config: Any, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Reads the model under its Hugging Face names, layer by layer.
 
     Args:
         checkpoint: Opened.
         config: Of the exported model.
-        dtype: Of all but ResFormer's lambdas, which stay float32: bf16 is too coarse for them.
+        dtype: Of all but what stays float32, such as ResFormer's lambdas: bf16 is too coarse.
 
     Raises:
         ValueError: If a weight is too large for float16.
@@ -195,9 +194,7 @@ def read_state_dict(
     return state
 
 
-def check_names(
-    checkpoint: MegatronCheckpoint, config: SATFormerConfig, shapes: Mapping[str, Tensor]
-) -> None:
+def check_names(checkpoint: MegatronCheckpoint, config: Any, shapes: Mapping[str, Tensor]) -> None:
     """Compares keys and shapes with the model's.
 
     Args:
@@ -266,35 +263,31 @@ def _sizes_alone(args: Namespace, rows: int) -> tuple[int, int | None]:
     return reference.vocab_size, reference.eod
 
 
-def model_class_name(stock: Any | None) -> str:
-    """Returns the class that loads the export, for a configuration of `build_stock_config`."""
+def model_class_name(config: Any, stock: Any | None) -> str:
+    """Returns the class that loads the export.
+
+    Args:
+        config: Of the model, in our own class.
+        stock: Of `build_stock_config`.
+    """
     if stock is None:
-        return "SATFormerForCausalLM"
+        return str(model_class(config.architecture).__name__)
     return "Qwen3ForCausalLM" if stock.model_type == "qwen3" else "LlamaForCausalLM"
 
 
-def _build_shapes(
-    config: SATFormerConfig, stock: Any | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Returns what is to be written, on the meta device: the weights of the class that loads it."""
-    from transformers import LlamaForCausalLM, Qwen3ForCausalLM
-
-    from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-
-    classes = {c.__name__: c for c in (LlamaForCausalLM, Qwen3ForCausalLM, SATFormerForCausalLM)}
-    with torch.device("meta"):
-        model = classes[model_class_name(stock)](config if stock is None else stock)
-        return {
-            key: torch.empty(tensor.shape, dtype=torch.float32 if "lambda" in key else dtype)
-            for key, tensor in model.state_dict().items()
-            if not (config.tie_word_embeddings and key == "lm_head.weight")
-        }
+def _build_shapes(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns what is to be written, on the meta device: a stock class has the same tensors."""
+    wide = {name for tensor in iterate_names(config) if tensor.fp32 for name in tensor.hf}
+    return {
+        name: torch.empty(shape, dtype=torch.float32 if name in wide else dtype, device="meta")
+        for name, shape in model_shapes(config).items()
+    }
 
 
 def _read_converted(
-    checkpoint: MegatronCheckpoint, name: Name, config: SATFormerConfig, dtype: torch.dtype
+    checkpoint: MegatronCheckpoint, name: Name, config: Any, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    wanted = torch.float32 if "lambda" in name.megatron else dtype
+    wanted = torch.float32 if name.fp32 else dtype
     if name.megatron in checkpoint.tensors:
         tensor = checkpoint.read(name.megatron, dtype=wanted)
     else:
@@ -312,7 +305,7 @@ def _read_converted(
 
 def _write_weights(
     checkpoint: MegatronCheckpoint,
-    config: SATFormerConfig,
+    config: Any,
     dtype: torch.dtype,
     writer: ShardWriter,
 ) -> None:
@@ -329,11 +322,10 @@ def _write_config_and_tokenizer(plan: _Plan, folder: Path) -> Any:
 
     written: Any = plan.config if plan.stock is None else plan.stock
     written.dtype = DTYPES[plan.dtype]
-    written.architectures = [model_class_name(plan.stock)]
+    written.architectures = [model_class_name(plan.config, plan.stock)]
     if plan.stock is None:
-        written.auto_map = AUTO_MAP
-        for name in CODE:
-            shutil.copyfile(Path(exported.__file__).parent / name, folder / name)
+        written.auto_map = build_auto_map(plan.config.architecture)
+        write_code(plan.config.architecture, folder)
     else:
         # readers from before transformers 5 look for it here, and else take a default in silence
         written.rope_theta = written.rope_parameters["rope_theta"]

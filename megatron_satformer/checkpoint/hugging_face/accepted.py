@@ -3,21 +3,25 @@
 Fields are those of transformers' Llama and Qwen3 configurations and of our own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.code import config_class, model_shapes
 from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder
 from megatron_satformer.checkpoint.hugging_face.plain_classes import SHAPE_FIELDS
+from megatron_satformer.model.architectures import (
+    PLAIN,
+    TABLE,
+    all_architectures,
+    find_architecture,
+)
 
 # model_type -> whether its queries and keys are normalised
 STOCK = {"llama": False, "qwen3": True}
-REFERENCE = ("SATFormer", "ResFormer", "transformer")
-# gates that a weight of zero shuts, and that learn from there
-GATE = "self_attn.value_gate."
-ZERO_GATES = ("tanh", "identity")
+# model_type of every export before each architecture had a class of its own
+FORMER = "satformer"
 # field -> the one value that Megatron's model computes here, and what else it would take
 REQUIRED: dict[str, Any] = {
     "hidden_act": ("silu", "swish"),
@@ -27,6 +31,7 @@ REQUIRED: dict[str, Any] = {
 }
 # fields of the same name and meaning
 SHARED = (*SHAPE_FIELDS, "attention_bias", "pad_token_id")
+_UNSAID = (None, False)
 
 
 @dataclass(frozen=True)
@@ -35,24 +40,27 @@ class Importable:
 
     Attributes:
         config: Of the model that is to be trained.
-        adds_gates: Whether it has gates, of zero, that the folder does not have.
+        adds: Names of what it has, of zeros, that the folder does not have.
         notes: Sentences that the user should read.
     """
 
-    config: SATFormerConfig
-    adds_gates: bool
+    config: Any
+    adds: frozenset[str]
     notes: tuple[str, ...]
 
 
 def read_model(
-    folder: HFFolder, architecture: str | None, value_gate: str | None, accept_qk_norm_eps: bool
+    folder: HFFolder,
+    architecture: str | None,
+    options: Mapping[str, Any],
+    accept_qk_norm_eps: bool,
 ) -> Importable:
     """Reads what model a folder holds.
 
     Args:
         folder: Opened.
         architecture: Asked for; None for the folder's own.
-        value_gate: Of gates that are added; None for tanh.
+        options: Of the architecture that a plain Transformer becomes.
         accept_qk_norm_eps: Whether QK-norm may get the other norms' epsilon.
 
     Raises:
@@ -66,37 +74,45 @@ def read_model(
             f"rope_theta ({theta}) of {folder.path} must be a whole number: Megatron takes no "
             "other as --rotary-base."
         )
-    own = config.architecture
     notes = _settle_epsilon(config, accept_qk_norm_eps)
-    notes += _settle_architecture(folder, config, architecture, value_gate)
-    return Importable(config, config.architecture != own, tuple(notes))
+    started = _start_as(folder, config, architecture, options)
+    if started is None:
+        return Importable(config, frozenset(), tuple(notes))
+    adds = model_shapes(started).keys() - model_shapes(config).keys()
+    own = started.architecture
+    notes.append(
+        f"NOTE: what a {own} adds to a Transformer is zero"
+        + "".join(f", {name} ({value})" for name, value in _own_values(started).items())
+        + ": training starts as the plain model and learns from there. For another start, import "
+        "a transformer and train with --from-transformer."
+    )
+    return Importable(started, frozenset(adds), tuple(notes))
 
 
-def read_config(folder: HFFolder) -> SATFormerConfig:
+def read_config(folder: HFFolder) -> Any:
     """Reads config.json of one of our folders, or of a Llama or Qwen3 as a plain Transformer.
 
     Raises:
         ValueError: Names the first field that our classes do not compute exactly.
     """
-    theirs = _parse(folder)
+    theirs = parse_config(folder.config, folder.path)
     _check_exact(folder, theirs)
-    if isinstance(theirs, SATFormerConfig):
+    if theirs.model_type not in STOCK:
         return theirs
-    return SATFormerConfig(
+    return config_class(PLAIN)(
         **{name: getattr(theirs, name) for name in SHARED},
         rope_parameters=dict(theirs.rope_parameters),
-        architecture="transformer",
         qk_norm=STOCK[theirs.model_type],
     )
 
 
-def check_tensors(folder: HFFolder, config: SATFormerConfig, adds_gates: bool = False) -> HFFolder:
+def check_tensors(folder: HFFolder, config: Any, adds: frozenset[str] = frozenset()) -> HFFolder:
     """Compares names and shapes with the model's.
 
     Args:
         folder: Opened.
         config: Of the model.
-        adds_gates: Whether the model has gates that the folder must not have.
+        adds: Names of what the model has and the folder must not have.
 
     Returns:
         The folder without what the model can do without: the copy of tied embeddings, frequencies
@@ -108,8 +124,7 @@ def check_tensors(folder: HFFolder, config: SATFormerConfig, adds_gates: bool = 
     shapes = model_shapes(config)
     if config.tie_word_embeddings:
         folder = folder.without_tied("lm_head.weight", "model.embed_tokens.weight")
-    if adds_gates:
-        shapes = {name: shape for name, shape in shapes.items() if GATE not in name}
+    shapes = {name: shape for name, shape in shapes.items() if name not in adds}
     spare = [name for name in folder.tensors if name.endswith("rotary_emb.inv_freq")]
     for name in folder.tensors:
         # with attention_bias, Llama and Qwen3 have one on the output projection too
@@ -125,39 +140,44 @@ def check_tensors(folder: HFFolder, config: SATFormerConfig, adds_gates: bool = 
     return folder
 
 
-def model_shapes(config: SATFormerConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a model; tied embeddings once."""
-    from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
+    """The configuration in its own class, ours or transformers', with that one's defaults.
 
-    with torch.device("meta"):
-        state = SATFormerForCausalLM(config).state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    Args:
+        content: Of config.json.
+        folder: It lies in.
 
-
-def _parse(folder: HFFolder) -> Any:
-    """The configuration in transformers' own class, with its defaults for what is left out."""
+    Raises:
+        ValueError: If it is none that is computed exactly, or cannot be read.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    kind = folder.config.get("model_type")
-    if kind in REFERENCE:
+    kind = content.get("model_type")
+    if kind in {a.paper.model_type for a in all_architectures() if a.paper is not None}:
         raise ValueError(
-            f"model_type ({kind}) of {folder.path} is the paper's own layout. Convert it with "
-            "from-reference first."
+            f"model_type ({kind}) of {folder} is the paper's own layout. Convert it with "
+            "from-paper first."
         )
-    if kind != SATFormerConfig.model_type and kind not in STOCK:
+    ours = {config_class(name).model_type: name for name in TABLE}
+    if kind not in ours and kind not in STOCK:
         raise ValueError(
-            f"model_type ({kind}) of {folder.path} must be {SATFormerConfig.model_type}, "
+            f"model_type ({kind}) of {folder} must be {', '.join(ours)}, "
             f"{' or '.join(STOCK)}: no other is computed exactly."
         )
-    build: Any = SATFormerConfig if kind not in STOCK else CONFIG_MAPPING[kind]
+    values = dict(content)
+    if kind in STOCK:
+        build: Any = CONFIG_MAPPING[kind]
+    else:
+        build = config_class(values.get("architecture", FORMER) if kind == FORMER else ours[kind])
+        # of the class that wrote it, which may have had another name; and options that it lacks
+        for name in ("model_type", "architectures", "auto_map", *_foreign_options(build)):
+            values.pop(name, None)
     try:
-        return build.from_dict(dict(folder.config))
+        return build.from_dict(values)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder.path / CONFIG} cannot be read: {reason}") from None
+        raise ValueError(f"{folder / CONFIG} cannot be read: {reason}") from None
 
 
 def _check_exact(folder: HFFolder, theirs: Any) -> None:
@@ -183,7 +203,7 @@ def _check_exact(folder: HFFolder, theirs: Any) -> None:
         )
 
 
-def _settle_epsilon(config: SATFormerConfig, accept: bool) -> list[str]:
+def _settle_epsilon(config: Any, accept: bool) -> list[str]:
     """Megatron (0.19.2) has one epsilon for all norms."""
     mine, theirs = config.rms_norm_eps, config.qk_norm_eps
     config.qk_norm_eps = None
@@ -200,34 +220,45 @@ def _settle_epsilon(config: SATFormerConfig, accept: bool) -> list[str]:
     ]
 
 
-def _settle_architecture(
-    folder: HFFolder, config: SATFormerConfig, asked: str | None, value_gate: str | None
-) -> list[str]:
+def _start_as(
+    folder: HFFolder, config: Any, asked: str | None, options: Mapping[str, Any]
+) -> Any | None:
+    """The configuration of what a plain Transformer is imported as; None: of what it is."""
     own = config.architecture
-    adds = asked == "satformer" and own == "transformer"
-    if asked not in (None, own) and not adds:
+    starts = own == PLAIN and asked not in (None, PLAIN)
+    if asked not in (None, own) and not starts:
         raise ValueError(
             f"architecture ({asked}) must be left out for {folder.path}, which is a {own}. Only a "
-            "plain Transformer can be imported as another: as satformer."
+            "plain Transformer can be imported as another."
         )
-    if value_gate is not None and not adds:
+    if options and not starts:
+        name, value = next(iter(options.items()))
         raise ValueError(
-            f"value_gate ({value_gate}) must only be given with --architecture satformer for a "
-            f"plain Transformer, and {folder.path} is imported as {own}. Leave it out."
+            f"{name} ({value}) must only be given with an --architecture that has it, for a plain "
+            f"Transformer, and {folder.path} is imported as {own}. Leave it out."
         )
-    if not adds:
-        return []
-    gate = value_gate or ZERO_GATES[0]
-    if gate not in ZERO_GATES:
-        why = "has no gradient at 0 and would never open" if gate == "relu" else "starts open"
+    if not starts:
+        return None
+    architecture = find_architecture(str(asked))
+    given = {**architecture.model_options, **architecture.start_options, **options}
+    theirs = {name: getattr(config, name) for name in (*SHARED, "rope_parameters", "qk_norm")}
+    started = config_class(architecture.name)(**theirs, **given)
+    why = architecture.zero_start(started)
+    if why is not None:
+        told = "".join(f" with {name} ({value})" for name, value in options.items())
         raise ValueError(
-            f"value_gate ({gate}) must be {' or '.join(ZERO_GATES)} for gates of zero: {gate} "
-            f"{why}. For it, import a transformer and train with --from-transformer."
+            f"architecture ({asked}){told} cannot be imported as a plain Transformer with zeros: "
+            f"{why} Import a transformer, and train with --from-transformer where that is possible."
         )
-    config.architecture, config.value_gate, config.value_gate_bias = "satformer", gate, False
-    config.value_residual_last_k = None
-    return [
-        f"NOTE: gates are zero with value_gate ({gate}), so training starts as the plain model and "
-        "the gates learn from there. relu, the published gate, has no gradient at exactly 0; for "
-        "it, import a transformer and train with --from-transformer."
-    ]
+    return started
+
+
+def _own_values(config: Any) -> dict[str, Any]:
+    names = find_architecture(config.architecture).model_options
+    return {name: getattr(config, name) for name in names if getattr(config, name) not in _UNSAID}
+
+
+def _foreign_options(build: Any) -> set[str]:
+    """Options of other architectures, which every export once had in its configuration."""
+    named = {name for a in all_architectures() for name in a.own_options}
+    return named - find_architecture(build.architecture).own_options.keys()

@@ -6,28 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.model.architectures import PLAIN, find_architecture
 
-EQUATION = {
-    "transformer": "V'_n = V_n\n(no value residual)",
-    "resformer": (
-        "V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n"
-        "lambda1_n = lambda_scale * softmax(lambda_logits)_n"
-    ),
-    "satformer": (
-        "V'_n = V_n + alpha_n V_1, in layers n that mix\n"
-        "alpha_n = {gate}(W_gate,n x_n), one scalar per token and KV head"
-    ),
-}
-V1 = (
-    "V_1 are the values of the first layer. The KV cache holds V', so decoding costs what it costs "
-    "a\nplain Transformer. "
-)
-ABOUT = {
-    "transformer": "It is a plain Transformer: transformers' own {model_class} computes it.",
-    "resformer": V1 + "ResFormer is described in arXiv 2410.17897.",
-    "satformer": V1 + "SATFormer is described in arXiv 2605.03953.",
-}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -44,7 +24,7 @@ A decoder-only language model trained with Megatron-core, {progress}. Weights ar
 
 | | |
 |---|---|
-| layers | {config.num_hidden_layers}, of which mix V_1: {mixing} |
+| layers | {config.num_hidden_layers}{layers_note} |
 | hidden, MLP | {config.hidden_size}, {config.intermediate_size} |
 | query heads, KV heads, head dim | {heads} |
 | vocabulary, context | {config.vocab_size}, {config.max_position_embeddings} |
@@ -82,6 +62,7 @@ class Facts:
         parameters: Number of them, tied ones once.
         dtype: Of the weights.
         model_class: That loads them.
+        own_code: Whether that class comes with the folder.
         tokenizer: As exported, or None.
         verified: One line about the comparison with Megatron; None if there was none.
     """
@@ -90,11 +71,12 @@ class Facts:
     parameters: int
     dtype: str
     model_class: str
+    own_code: bool
     tokenizer: Any
     verified: str | None
 
 
-def build_card(config: SATFormerConfig, args: Namespace, facts: Facts) -> str:
+def build_card(config: Any, args: Namespace, facts: Facts) -> str:
     """Builds the model card.
 
     Args:
@@ -103,8 +85,8 @@ def build_card(config: SATFormerConfig, args: Namespace, facts: Facts) -> str:
         facts: Of this export.
     """
     tokens = getattr(args, "consumed_train_samples", 0) * (getattr(args, "seq_length", 0) or 0)
-    mixing, ours = config.mixing_layers, facts.model_class == "SATFormerForCausalLM"
-    equation = EQUATION[config.architecture].format(gate=config.value_gate)
+    architecture = find_architecture(config.architecture)
+    equation = architecture.equation.format(config=config)
     use = WITHOUT_TOKENIZER if facts.tokenizer is None else WITH_TOKENIZER
     return CARD.format(
         architecture=config.architecture,
@@ -112,15 +94,17 @@ def build_card(config: SATFormerConfig, args: Namespace, facts: Facts) -> str:
         progress=f"{facts.step:,} steps" + (f" on {tokens:,} tokens" if tokens else ""),
         dtype=facts.dtype,
         equation=equation.replace("\n", "\n    "),
-        about=_about(config, facts.model_class),
-        mixing=f"{mixing.start + 1} to {mixing.stop}" if mixing else "none",
+        about=_about(config, facts),
+        layers_note=architecture.layers_note(config),
         heads=f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
         config=config,
         data=describe_data(args),
         verified=facts.verified or "not verified (to-hf --verify was not asked for)",
-        code=" The model's code is in this folder." if ours else " No code comes with the folder.",
+        code=" The model's code is in this folder."
+        if facts.own_code
+        else " No code comes with the folder.",
         imports="" if facts.tokenizer is None else ", AutoTokenizer",
-        use=use.format(trust=", trust_remote_code=True" if ours else ""),
+        use=use.format(trust=", trust_remote_code=True" if facts.own_code else ""),
         notes=_notes(config, facts.tokenizer),
     )
 
@@ -153,25 +137,22 @@ def _describe_blend(listed: Sequence[str]) -> str:
     )
 
 
-def _about(config: SATFormerConfig, model_class: str) -> str:
-    if config.architecture == "transformer" and model_class == "SATFormerForCausalLM":
-        return (
-            "It is a plain Transformer with an option that transformers' own Llama and Qwen3 do "
-            "not have."
-        )
-    return ABOUT[config.architecture].format(model_class=model_class)
+def _about(config: Any, facts: Facts) -> str:
+    about = find_architecture(config.architecture).about
+    if config.architecture != PLAIN:
+        return about
+    if facts.own_code:
+        return f"{about} with an option that transformers' own Llama and Qwen3 do not have."
+    return f"{about}: transformers' own {facts.model_class} computes it."
 
 
-def _notes(config: SATFormerConfig, tokenizer: Any) -> str:
+def _notes(config: Any, tokenizer: Any) -> str:
     notes = []
     if tokenizer is not None:
         added = "no special tokens" if not tokenizer("").input_ids else "its special tokens"
         as_text = tokenizer.split_special_tokens and tokenizer.eos_token
         text = f', and reads strings such as "{as_text}" as text' if as_text else ""
         notes.append(f"The tokenizer adds {added}{text}, as in training.")
-    if config.architecture == "satformer":
-        notes.append(
-            "`model(**inputs, output_gates=True).gates` gives alpha [batch, sequence, KV heads] of "
-            "each layer\nthat mixes."
-        )
+    if gates := find_architecture(config.architecture).gates:
+        notes.append(f"`model(**inputs, output_gates=True).gates` gives {gates}.")
     return "".join(f"\n{note}\n" for note in notes)

@@ -6,7 +6,7 @@ which Qwen3 always has and Llama never.
 
 from typing import Any
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.model.architectures import PLAIN
 
 # fields that mean the same in all three
 SHAPE_FIELDS = (
@@ -27,20 +27,20 @@ SHAPE_FIELDS = (
 )
 
 
-def build_stock_config(config: SATFormerConfig) -> Any | None:
+def build_stock_config(config: Any) -> Any | None:
     """Builds the configuration of the stock class that computes exactly what `config` does.
 
     Args:
         config: Of the model, in our own class.
 
     Returns:
-        A Qwen3Config, a LlamaConfig, or None where neither is exact: for a value residual; for
+        A Qwen3Config, a LlamaConfig, or None where neither is exact: for another architecture; for
         biases (theirs come with one on the output projection, ours do not); for a QK-norm with an
         epsilon of its own; for a hidden size that Llama refuses because the heads do not divide it.
     """
     from transformers import LlamaConfig, Qwen3Config
 
-    if config.architecture != "transformer" or config.attention_bias or config.mlp_bias:
+    if config.architecture != PLAIN or config.attention_bias or config.mlp_bias:
         return None
     if config.qk_norm and config.qk_norm_eps not in (None, config.rms_norm_eps):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.model.architectures import find_architecture
 
 # What an imported model computes, whatever its shape; our script's defaults are the same.
 FAMILY: dict[str, Any] = {
@@ -59,7 +59,7 @@ def pad_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int
 
 
 def build_args(
-    config: SATFormerConfig, dtype: torch.dtype, padded_vocab_size: int, tokenizer: Path | None
+    config: Any, dtype: torch.dtype, padded_vocab_size: int, tokenizer: Path | None
 ) -> Namespace:
     """Builds the arguments that a checkpoint of this model carries.
 
@@ -71,12 +71,11 @@ def build_args(
     """
     assert config.rope_parameters is not None
     groups, heads = config.num_key_value_heads, config.num_attention_heads
+    own = find_architecture(config.architecture).model_options
     end = config.eos_token_id
     return Namespace(
         architecture=config.architecture,
-        value_gate=config.value_gate,
-        value_gate_bias=config.value_gate_bias,
-        value_residual_last_k=config.value_residual_last_k,
+        **{name: getattr(config, name) for name in own},
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
@@ -116,11 +115,11 @@ def training_flags(args: Namespace) -> list[str]:
         All of the model's shape, and what differs from our script's defaults.
     """
     flags = [f"--architecture {args.architecture}"]
-    if args.architecture == "satformer":
-        flags.append(f"--value-gate {args.value_gate}")
-        flags += ["--value-gate-bias"] * args.value_gate_bias
-    if args.architecture != "transformer" and args.value_residual_last_k is not None:
-        flags.append(f"--value-residual-last-k {args.value_residual_last_k}")
+    for option, default in find_architecture(args.architecture).model_options.items():
+        value = getattr(args, option)
+        if value != default:
+            told = "" if isinstance(value, bool) else f" {value}"
+            flags.append(f"--{option.replace('_', '-')}{told}")
     shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     flags += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shape]
     if args.group_query_attention:

@@ -32,8 +32,8 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_satformer.config import SATFormerConfig
-    from megatron_satformer.model.architectures.resformer import attach_shared_lambdas
+    from megatron_satformer.config import DecoderConfig
+    from megatron_satformer.model.architectures import PLAIN, find_architecture
     from megatron_satformer.model.specs import build_block_spec
 
 # Fields of the config that say how a model is run, not what it computes: their defaults hold here.
@@ -77,8 +77,8 @@ def load_megatron_model(
     Args:
         checkpoint: Opened.
         dtype: To compute in.
-        rounded_to: First round the weights to this dtype, but not ResFormer's lambdas, as an
-            export does; None keeps them.
+        rounded_to: First round the weights to this dtype, but not what stays float32 in an
+            export; None keeps them.
 
     Raises:
         NotImplementedError: An option that cannot be honoured here.
@@ -170,7 +170,7 @@ def _one_rank() -> Iterator[ProcessGroupCollection]:
 
 
 def _build_model(
-    args: Namespace, config: SATFormerConfig, groups: ProcessGroupCollection
+    args: Namespace, config: DecoderConfig, groups: ProcessGroupCollection
 ) -> GPTModel:
     # megatron.training's gpt_config_from_args and GPTModelBuilder, 0.19.2; like them without
     # args.rope_scaling_factor, which training ignores
@@ -187,8 +187,9 @@ def _build_model(
         seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
         pg_collection=groups,
     )
-    if config.architecture == "resformer":
-        attach_shared_lambdas(model.decoder, config, 0)
+    finish = find_architecture(config.architecture).finish
+    if finish is not None:
+        finish(model, 0)
     return model
 
 
@@ -214,7 +215,7 @@ def _unseen_construction() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def build_transformer_config(args: Namespace, dtype: torch.dtype) -> SATFormerConfig:
+def build_transformer_config(args: Namespace, dtype: torch.dtype) -> DecoderConfig:
     """What the args compute, to be run by the local implementation on one rank.
 
     Args:
@@ -223,12 +224,13 @@ def build_transformer_config(args: Namespace, dtype: torch.dtype) -> SATFormerCo
 
     Source: megatron.training's core_transformer_config_from_args (0.19.2).
     """
+    config_class = find_architecture(getattr(args, "architecture", PLAIN)).config
     options: dict[str, Any] = {
         field.name: getattr(args, field.name)
-        for field in fields(SATFormerConfig)
+        for field in fields(config_class)
         if field.init and hasattr(args, field.name) and not EXECUTION.search(field.name)
     }
-    options["architecture"] = getattr(args, "architecture", "transformer")
+    options["architecture"] = getattr(args, "architecture", PLAIN)
     options["num_moe_experts"] = getattr(args, "num_experts", None)
     # older releases have it under this name
     epsilon = getattr(args, "norm_epsilon", None) or args.layernorm_epsilon
@@ -241,7 +243,7 @@ def build_transformer_config(args: Namespace, dtype: torch.dtype) -> SATFormerCo
         options["activation_func"] = squared_relu
     elif getattr(args, "quick_geglu", False):
         options |= {"gated_linear_unit": True, "activation_func": quick_gelu}
-    return SATFormerConfig(
+    return config_class(
         **options,
         params_dtype=dtype,
         fp16=dtype == torch.float16,
@@ -270,10 +272,12 @@ def _load_weights(
         {entry.key: entry.global_shape for entry in entries},
         f"{checkpoint.folder} does not fit its own args",
     )
+    own = find_architecture(model.config.architecture).all_tensors(model.config)
+    wide = {tensor.megatron for _, tensor in own if tensor.fp32}
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for (key, index), pieces in groupby(entries, _stored_at):
         tensor = checkpoint.read(key, index)
-        if rounded_to is not None and "lambda" not in key:
+        if rounded_to is not None and key not in wide:
             tensor = tensor.to(rounded_to)
         for entry in pieces:
             # what is written here must be the parameter and not a copy

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_satformer.checkpoint.megatron.reader import TRACKER, open_checkpoint
+from megatron_satformer.model.architectures import PLAIN, find_architecture
 
-MODEL_OPTIONS = ("value_gate", "value_gate_bias", "value_residual_last_k")
 # What a Transformer computes, and under which other name older releases of Megatron saved it.
 TRANSFORMER_OPTIONS = {
     "num_layers": "",
@@ -124,15 +124,16 @@ def check_resume(args: Namespace) -> None:
 
 
 def _check_from_transformer(args: Namespace, source: Source | None) -> None:
-    if args.architecture == "transformer":
+    if args.architecture == PLAIN:
         raise ValueError(
-            "from_transformer (True) must not be given with architecture (transformer), which "
-            "reads a Transformer's checkpoint as it is. Leave it out."
+            f"from_transformer (True) must not be given with architecture ({PLAIN}), which reads a "
+            "Transformer's checkpoint as it is. Leave it out."
         )
-    if args.architecture == "resformer":
+    reason = find_architecture(args.architecture).from_transformer
+    if reason is not None:
         raise NotImplementedError(
-            "from_transformer (True) is not supported with architecture (resformer): its lambdas "
-            "start far from a Transformer's. Use --architecture satformer."
+            f"from_transformer (True) is not supported with architecture ({args.architecture}): "
+            f"{reason}. Leave it out, or use another architecture."
         )
     if source is None:
         raise ValueError(
@@ -142,8 +143,8 @@ def _check_from_transformer(args: Namespace, source: Source | None) -> None:
 
 
 def _check_same_transformer(args: Namespace, saved: Namespace, source: Source) -> None:
-    theirs = getattr(saved, "architecture", "transformer")
-    if theirs != "transformer":
+    theirs = getattr(saved, "architecture", PLAIN)
+    if theirs != PLAIN:
         raise ValueError(
             f"from_transformer (True) must be given with a Transformer's checkpoint, and {source} "
             f"is that of architecture ({theirs}). Leave --from-transformer out."
@@ -172,14 +173,16 @@ def _query_groups(args: Namespace) -> int:
 
 
 def _check_same_model(args: Namespace, saved: Namespace, source: Source) -> None:
-    options = () if args.architecture == "transformer" else MODEL_OPTIONS
-    for option in ("architecture", *options):
-        mine, theirs = getattr(args, option), getattr(saved, option, "transformer")
+    # What an older checkpoint does not name was not there when it was saved: its default.
+    defaults = {"architecture": PLAIN} | find_architecture(args.architecture).model_options
+    for option, default in defaults.items():
+        mine, theirs = getattr(args, option), getattr(saved, option, default)
         if mine == theirs:
             continue
         way = "Give it on the command line, or load another checkpoint."
-        if option == "architecture" and mine == "satformer" and theirs == "transformer":
-            way = f"To start a SATFormer from its weights, add --from-transformer. {START}"
+        startable = find_architecture(args.architecture).from_transformer is None
+        if option == "architecture" and theirs == PLAIN and startable:
+            way = f"To start a {mine} from its weights, add --from-transformer. {START}"
         raise ValueError(f"{option} ({mine}) must be that of {source}, which is ({theirs}). {way}")
     # A model is fine-tuned to longer texts with another base of its rotary embedding.
     free = {"rotary_base"} if source.weights_only else set()

@@ -8,7 +8,7 @@ b micro-batch, h hidden, ng KV heads, hn head dim; "/tp" marks what a rank holds
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -56,6 +56,31 @@ class OwnTensor:
     packing: Packing = "one"
     fp32: bool = False
 
+    def placed(self, n: int) -> "OwnTensor":
+        """The same with the full names that it has in layer n, or in the model for n = 0."""
+        layer = f"layers.{n - 1}." if n else ""
+        names = tuple(f"model.{layer}{name}" for name in self.hf)
+        return replace(self, megatron=f"decoder.{layer}{self.megatron}", hf=names)
+
+
+@dataclass(frozen=True)
+class PaperLayout:
+    """How the repository of arXiv 2605.03953 stores it, see `checkpoint/convert/paper_layout.py`.
+
+    Attributes:
+        model_type: its name there.
+        names: part of our tensors' names -> part of theirs.
+        scalars: ends of our names of one number, which has no axis there.
+        options: our option -> theirs.
+        refuse: options -> what of them that repository computes otherwise; None: nothing.
+    """
+
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    refuse: Callable[[Any], str | None] = lambda options: None
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -77,7 +102,8 @@ class Architecture:
         twin: import path of the plain torch model, "module:class".
         exported: import path of the exported causal language model, "module:class".
         config: Megatron's configuration, with the options as fields.
-        options: dataclass of its own options: one flag each.
+        options: dataclass of its own options: one flag each. A field with metadata `changeable`
+            does not say what the model computes: a run may go on with another value.
         attention: class of every layer's self-attention.
         layer: class of every layer.
         adapt: changes Megatron's submodules of one layer further.
@@ -93,6 +119,8 @@ class Architecture:
         start_options: options of an import from a plain Transformer, where not the defaults.
         from_transformer: why training cannot start from a Transformer's weights; None: it can.
         gates: what `output_gates=True` gives, for the card; None: nothing.
+        layers_note: exported configuration -> what the card says of its layers.
+        paper: its layout in the paper's own repository; None: it is not there.
     """
 
     name: str
@@ -116,11 +144,19 @@ class Architecture:
     start_options: Mapping[str, Any] = field(default_factory=dict)
     from_transformer: str | None = None
     gates: str | None = None
+    layers_note: Callable[[Any], str] = lambda config: ""
+    paper: PaperLayout | None = None
 
     @property
     def own_options(self) -> dict[str, Any]:
         """Names of its own options and their defaults."""
         return {option.name: option.default for option in fields(self.options)}
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Those of its own options that say what the model computes, and their defaults."""
+        changeable = {f.name for f in fields(self.options) if f.metadata.get("changeable")}
+        return {n: value for n, value in self.own_options.items() if n not in changeable}
 
     def carry_behind(self, config: DecoderConfig, n: int) -> Carry:
         """What crosses the boundary behind n layers: nothing at either end of the model."""
@@ -131,10 +167,14 @@ class Architecture:
         behind = [self.carry_behind(config, n) for n in range(config.num_layers + 1)]
         return Carry(max(c.streams for c in behind), max(c.heads for c in behind))
 
-    def all_tensors(self, options: Any) -> list[OwnTensor]:
-        """Its own tensors of the whole model."""
-        return [t for n in range(options.num_layers + 1) for t in self.tensors(options, n)]
+    def all_tensors(self, options: Any) -> list[tuple[int, OwnTensor]]:
+        """Layer, or 0, and its own tensors under their full names, of the whole model."""
+        return [
+            (n, tensor.placed(n))
+            for n in range(options.num_layers + 1)
+            for tensor in self.tensors(options, n)
+        ]
 
     def count_parameters(self, options: Any) -> int:
         """Number of parameters in its own tensors."""
-        return sum(prod(tensor.shape) for tensor in self.all_tensors(options))
+        return sum(prod(tensor.shape) for _, tensor in self.all_tensors(options))

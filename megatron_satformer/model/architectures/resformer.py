@@ -22,7 +22,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_satformer.model.architectures.record import Architecture, OwnTensor
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor, PaperLayout
 from megatron_satformer.model.architectures.value_residual import (
     REFUSES,
     ValueResidualAttention,
@@ -30,8 +30,10 @@ from megatron_satformer.model.architectures.value_residual import (
     ValueResidualLayer,
     ValueResidualOptions,
     carry_v1,
+    describe_mixing,
     mixes,
 )
+from megatron_satformer.model.coefficients import head_coefficients, summed_over_heads
 
 LAMBDA2_INIT = 0.5
 
@@ -62,7 +64,7 @@ class ResFormerAttention(ValueResidualAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if self.mixes:
-            self.value_lambda2 = _scalar(config, 1, LAMBDA2_INIT)  # [1]
+            self.value_lambda2 = head_coefficients(config, LAMBDA2_INIT)  # [1]
             # In a tuple, so that the chunk owns the shared parameters and not every layer.
             self._shared: tuple[SharedLambdas, ...] = ()
 
@@ -70,7 +72,7 @@ class ResFormerAttention(ValueResidualAttention):
         """lambda1 V1 + lambda2 V. value, v1: [s, b, ng/tp, hn]."""
         (shared,) = self._shared
         lambda1 = shared(self.layer_number)
-        lambda2 = _summed_over_heads(self.value_lambda2, self.pg_collection.tp)
+        lambda2 = summed_over_heads(self.value_lambda2, self.pg_collection.tp)
         return torch.addcmul(lambda2.to(value.dtype) * value, lambda1.to(value.dtype), v1)
 
 
@@ -89,8 +91,8 @@ class SharedLambdas(MegatronModule):
         self.first = config.num_layers - config.num_mixing_layers + 1  # first layer that mixes
         self.tp_group = tp_group
         self.copy = copy
-        self.lambda_logits = _scalar(config, config.num_mixing_layers, 0.0)  # [m]
-        self.lambda_scale = _scalar(config, 1, float(config.num_layers))  # [1]
+        self.lambda_logits = head_coefficients(config, [0.0] * config.num_mixing_layers)  # [m]
+        self.lambda_scale = head_coefficients(config, float(config.num_layers))  # [1]
         for parameter in self.parameters():
             parameter.pipeline_parallel = True  # gradients summed over stages
             parameter.shared = copy != 0  # counted once in the gradient norm
@@ -99,8 +101,8 @@ class SharedLambdas(MegatronModule):
 
     def forward(self, layer_number: int) -> Tensor:
         """lambda1 of one layer, [1]."""
-        logits = _summed_over_heads(self.lambda_logits, self.tp_group).float()
-        scale = _summed_over_heads(self.lambda_scale, self.tp_group).float()
+        logits = summed_over_heads(self.lambda_logits, self.tp_group).float()
+        scale = summed_over_heads(self.lambda_scale, self.tp_group).float()
         return scale * logits.softmax(dim=0)[layer_number - self.first]
 
     def sharded_state_dict(
@@ -156,30 +158,6 @@ class _WithoutEffect(torch.autograd.Function):
         return gradient, torch.zeros_like(*ctx.saved_tensors)
 
 
-def _scalar(config: ResFormerConfig, size: int, init: float) -> torch.nn.Parameter:
-    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    full = torch.full((size,), init, dtype=config.params_dtype, device=device)
-    parameter: Any = torch.nn.Parameter(full)
-    # Each rank's gradient is the sum over its own heads; see _summed_over_heads.
-    parameter.average_gradients_across_tp_domain = True
-    return parameter
-
-
-def _summed_over_heads(parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
-    """The parameter, its gradient scaled so that Megatron's average over tp is a sum.
-
-    Megatron (0.19.2) averages the gradients of replicated parameters marked
-    `average_gradients_across_tp_domain` over tensor-parallel ranks in one coalesced call per step;
-    heads are sharded, so what is wanted is the sum, and no collective per layer.
-    """
-    size = tp_group.size()
-    if size == 1 or not parameter.requires_grad:
-        return parameter
-    scaled = parameter.view_as(parameter)
-    scaled.register_hook(lambda gradient: gradient * size)
-    return scaled
-
-
 def own_tensors(options: Any, n: int) -> list[OwnTensor]:
     """lambda2 of layer n; the lambdas of the whole model for n = 0."""
     if n == 0:
@@ -200,6 +178,17 @@ def _defaults(preview: Namespace) -> dict[str, Any]:
     # The shared lambdas have small buckets of their own, of which some data-parallel ranks hold
     # padding alone: Megatron's other format dies of that at the first save.
     return {"dist_ckpt_optim_fully_reshardable": True} if preview.use_distributed_optimizer else {}
+
+
+def _mixes_in_fewer(options: Any) -> str | None:
+    last_k = options.value_residual_last_k
+    if last_k is None or last_k >= options.num_layers - 1:
+        return None
+    return (
+        f"value_residual_last_k ({last_k}) must be left out for a ResFormer: the softmax of its "
+        "lambdas runs over all layers but the first in the paper's repository, over the layers "
+        "that mix in ours"
+    )
 
 
 _SHARED = "it has not been tried with lambdas that all stages share"
@@ -228,4 +217,15 @@ RESFORMER = Architecture(
     defaults=_defaults,
     zero_start=lambda options: f"{_FAR}.",
     from_transformer=_FAR,
+    layers_note=describe_mixing,
+    paper=PaperLayout(
+        "ResFormer",
+        names={
+            "model.value_residual.": "model.lambda_manager.",
+            ".self_attn.value_lambda2": ".attn.value_residual_mixing.lambda2",
+        },
+        scalars=("value_lambda2", "lambda_scale"),
+        options={"value_residual_last_k": "value_residual_last_k"},
+        refuse=_mixes_in_fewer,
+    ),
 )

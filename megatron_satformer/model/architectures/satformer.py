@@ -12,7 +12,7 @@ Checkpoints hold the pieces apart and know neither padding nor parallelism.
 Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim; "/tp": per rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from torch import Tensor
 
-from megatron_satformer.model.architectures.record import Architecture, OwnTensor
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor, PaperLayout
 from megatron_satformer.model.architectures.value_residual import (
     REFUSES,
     ValueResidualAttention,
@@ -35,6 +35,7 @@ from megatron_satformer.model.architectures.value_residual import (
     ValueResidualLayer,
     ValueResidualOptions,
     carry_v1,
+    describe_mixing,
     mixes,
 )
 from megatron_satformer.model.gates import apply_gate
@@ -57,7 +58,7 @@ class SATFormerOptions(ValueResidualOptions):
     value_gate_bias: bool = False
     """Give the gate projection a bias (initialised to 0)."""
 
-    value_gate_init_std: float | None = None
+    value_gate_init_std: float | None = field(default=None, metadata={"changeable": True})
     """Standard deviation of the gate projection at init. Default: that of the other weights
     (--init-method-std). 0 starts as a plain Transformer with tanh and identity; relu gates would
     never open, having no gradient at 0, and the others start open."""
@@ -307,5 +308,15 @@ SATFORMER = Architecture(
     },
     zero_start=why_not_from_zero,
     start_options={"value_gate": "tanh"},
-    gates="alpha [batch, sequence, KV heads] of each layer\nthat mixes",
+    gates="alpha [batch, sequence, KV heads] of\neach layer that mixes",
+    layers_note=describe_mixing,
+    paper=PaperLayout(
+        "SATFormer",
+        names={".self_attn.value_gate.": ".attn.value_residual_mixing.alpha_proj."},
+        options={
+            "value_gate": "value_residual_gate",
+            "value_gate_bias": "value_residual_proj_bias",
+            "value_residual_last_k": "value_residual_last_k",
+        },
+    ),
 )

@@ -1,6 +1,6 @@
 """The plain pre-norm Transformer: Megatron's own layers, nothing added."""
 
-from megatron_satformer.model.architectures.record import Architecture
+from megatron_satformer.model.architectures.record import Architecture, PaperLayout
 
 TRANSFORMER = Architecture(
     name="transformer",
@@ -9,4 +9,5 @@ TRANSFORMER = Architecture(
     about="It is a plain Transformer",
     twin="megatron_satformer.model.reference.decoder:Decoder",
     exported="megatron_satformer.checkpoint.exported.modeling_decoder:DecoderForCausalLM",
+    paper=PaperLayout("transformer"),
 )

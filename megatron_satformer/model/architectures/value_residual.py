@@ -45,6 +45,12 @@ def mixes(options: Any, n: int) -> bool:
     return n > max(1, options.num_layers - last_k)
 
 
+def describe_mixing(config: Any) -> str:
+    """Which layers mix, for the card."""
+    mixing = [n for n in range(1, config.num_layers + 1) if mixes(config, n)]
+    return f", of which mix V_1: {mixing[0]} to {mixing[-1]}"
+
+
 def carry_v1(config: DecoderConfig, n: int) -> Carry:
     """V1 crosses every boundary between layers."""
     return Carry(heads=1)

@@ -1,0 +1,78 @@
+"""MeanFormer for Hugging Face transformers; see meanformer.py."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megatron_satformer.checkpoint.exported.configuration_decoder import DecoderConfig
+from megatron_satformer.checkpoint.exported.modeling_decoder import (
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+)
+
+
+class MeanFormerConfig(DecoderConfig):
+    """DecoderConfig with the factor of the mean."""
+
+    model_type = "meanformer"
+
+    architecture: str = "meanformer"
+    mean_scale: float = 1.0
+
+
+class MeanFormerAttention(DecoderAttention):
+    """Attention that reads earlier values."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        if layer_idx:
+            self.beta = nn.Parameter(torch.full((1,), 0.3))
+
+    def mix(self, hidden_states, k, v, carried):
+        embedding, *values = carried
+        mixed = v
+        if values:
+            mean = torch.stack(values).mean(0)
+            mixed = (v + self.config.mean_scale * self.beta * mean).to(v.dtype)
+        return k, mixed, (embedding, *values, v), None
+
+
+class MeanFormerLayer(DecoderLayer):
+    """Layer that reads the embedding."""
+
+    attention_class = MeanFormerAttention
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        if layer_idx:
+            self.skip = nn.Parameter(torch.full((1,), 0.3))
+
+    def forward(self, hidden_states, *carried, **kwargs):
+        if carried:
+            added = (hidden_states + self.skip * carried[0]).to(hidden_states.dtype)
+            return super().forward(added, *carried, **kwargs)
+        return super().forward(hidden_states, hidden_states, **kwargs)
+
+
+class MeanFormerPreTrainedModel(DecoderPreTrainedModel):
+    """What both models share."""
+
+    config_class = MeanFormerConfig
+    _no_split_modules: ClassVar[list[str]] = ["MeanFormerLayer"]
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"beta", "skip"}
+
+
+class MeanFormerModel(MeanFormerPreTrainedModel, DecoderModel):
+    """The decoder without its head."""
+
+    layer_class = MeanFormerLayer
+
+
+class MeanFormerForCausalLM(MeanFormerPreTrainedModel, DecoderForCausalLM):
+    """The decoder with its head."""
+
+    model_class = MeanFormerModel
