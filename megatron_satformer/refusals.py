@@ -13,53 +13,15 @@ from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
 
 from megatron_satformer.arguments import has_transformer_engine, importable
 from megatron_satformer.config import check_value_residual
+from megatron_satformer.unsupported import (
+    LOCAL_BACKEND,
+    TRAINING,
+    VALUE_RESIDUAL,
+    refuse_unsupported,
+)
 
 TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 NOT_GIVEN = (None, False)
-
-# Refused with every architecture: option -> reason.
-_PLAIN_TEXT = "pretrain_satformer.py trains on plain text from the start of each sample to its end"
-_HETEROGENEOUS = "all layers must project values the same way"
-_HYBRID = "not every layer is an attention layer"
-UNSUPPORTED = {
-    "sft": _PLAIN_TEXT,
-    "fim_data": _PLAIN_TEXT,
-    "perform_rl_step": _PLAIN_TEXT,
-    "logits_load_dir": _PLAIN_TEXT,
-    "logits_save_dir": _PLAIN_TEXT,
-    "hybrid_context_parallel": _PLAIN_TEXT,
-    "multi_latent_attention": "its values are not a plain projection of the layer's input",
-    "mtp_num_layers": "the prediction layers would need V1 behind the last stage",
-    "heterogeneous_layers_config_path": _HETEROGENEOUS,
-    "heterogeneous_layers_config_encoded_json": _HETEROGENEOUS,
-    "hybrid_layer_pattern": _HYBRID,
-    "hybrid_override_pattern": _HYBRID,
-    "is_hybrid_model": _HYBRID,
-    "experimental_attention_variant": "it replaces the attention that V1 is handed to",
-    "overlap_moe_expert_parallel_comm": "its schedule runs past the layer's forward, V1's way",
-    "moe_use_upcycling": "Megatron 0.19.2 would give the dense model experts too",
-    "freeze_all_layers": "Megatron 0.19.2 ignores it where a builder makes the model",
-    "apply_residual_connection_post_layernorm": "Megatron 0.19.2 no longer reads it",
-    "kitchen_config_file": "Kitchen's layers have not been tried",
-    "kitchen_recipe_number": "Kitchen's layers have not been tried",
-    "use_kitchen_attention": "Kitchen's layers have not been tried",
-}
-# Refused where there is a value residual: option -> reason.
-_ROWS = "it treats the rows of linear_qkv by position, and gate rows are among them"
-_STATIC = "V1 would have to be a static buffer"
-WITHOUT_V1 = {
-    "use_megatron_fsdp": "its sharding does not know the fused gate rows",
-    "use_torch_fsdp2": "its sharding does not know the fused gate rows",
-    "tensor_parallel_num_weight_shards": _ROWS,
-    "qk_clip": _ROWS,
-    "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
-    "fp4_param_gather": "the fused gate rows cannot be initialised in fp4",
-    "fine_grained_activation_offloading": "it frees layer 1's values, which are V1, after use",
-    "cpu_offloading_num_layers": "V1 outlives the layers whose activations it moves away",
-    "enable_cuda_graph": _STATIC,
-    "external_cuda_graph": _STATIC,
-    "ckpt_convert_format": "only torch_dist checkpoints store gates apart",
-}
 # What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
 ENGINE_ONLY = {
     "fp8_format": "fp8",
@@ -81,12 +43,6 @@ ENGINE_ONLY = {
         *("moe_grouped_gemm", "moe_latent_size", "moe_permute_fusion", "moe_router_fusion"),
         *("use_grouped_gemm_for_shared_expert", "overlap_dispatch_backward_with_experts_wgrad"),
     )
-}
-# What torch's scaled_dot_product_attention lacks: option -> the value that asks for nothing.
-SDPA_LACKS = {
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "apply_query_key_layer_scaling": False,
 }
 ORTHOGONALISING = ("muon", "dist_muon", "adaptive_muon", "soap")
 
@@ -132,19 +88,10 @@ def check_model(args: Namespace, cuda: bool) -> None:
         ValueError: an option that contradicts another.
         NotImplementedError: a combination that is not supported, with the reason.
     """
-    _refuse(args, UNSUPPORTED)
+    refuse_unsupported(args, TRAINING)
     backend = _backend(args, cuda)
     _check_engine(args, cuda, backend)
     _check_experts(args, cuda, backend)
-
-
-def _refuse(preview: Namespace, reasons: dict[str, str], beside: str = "", way: str = "") -> None:
-    for option, reason in reasons.items():
-        value = getattr(preview, option, None)
-        if value not in NOT_GIVEN:
-            raise NotImplementedError(
-                f"{option} ({value}) is not supported{beside}: {reason}. Leave it out{way}."
-            )
 
 
 def _check_device(preview: Namespace, cuda: bool) -> None:
@@ -179,14 +126,7 @@ def _check_engine(preview: Namespace, cuda: bool, chosen: str) -> None:
                 f"({chosen})."
             )
     if chosen == "local" and str(preview.attention_backend) != "AttnBackend.local":
-        for option, default in SDPA_LACKS.items():
-            value = getattr(preview, option)
-            if value != default:
-                raise ValueError(
-                    f"{option} ({value}) must come with --attention-backend local: torch's "
-                    "scaled_dot_product_attention does not have it. Add it, or use --transformer-"
-                    "impl transformer_engine."
-                )
+        refuse_unsupported(preview, LOCAL_BACKEND)
 
 
 def _backend(preview: Namespace, cuda: bool) -> str:
@@ -284,16 +224,12 @@ def _check_value_residual(preview: Namespace) -> None:
                     f"{option} ({getattr(preview, option)}) must not be given with architecture "
                     "(resformer), which has no gate. Leave it out, or use --architecture satformer."
                 )
-    reasons = dict(WITHOUT_V1)
-    # Options whose default is a word.
-    if preview.cuda_graph_impl != "none":
-        reasons["cuda_graph_impl"] = _STATIC
+    refuse_unsupported(preview, VALUE_RESIDUAL, architecture=preview.architecture)
     if preview.optimizer in ORTHOGONALISING:
-        reasons["optimizer"] = "it orthogonalises linear_qkv, gate rows included"
-    if preview.ckpt_format != "torch_dist":
-        reasons["ckpt_format"] = "only torch_dist checkpoints store gates apart"
-    beside = f" with architecture ({preview.architecture})"
-    _refuse(preview, reasons, beside, ", or use --architecture transformer")
+        why = "it orthogonalises linear_qkv, gate rows included"
+        raise VALUE_RESIDUAL.refusal(
+            "optimizer", preview.optimizer, why=why, architecture=preview.architecture
+        )
 
 
 def _check_groups_and_range(preview: Namespace) -> None:
