@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.checkpoint.dtypes import CODES, name_dtype
+from megatron_satformer.checkpoint.dtypes import CODES, NAMES
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
 from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
 from megatron_satformer.checkpoint.megatron.damage import find_damage
@@ -155,7 +155,10 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         options=_chosen_args(args),
         all_options=dict(sorted(vars(args).items())),
         tensors={
-            key: StoredTensor(tuple(stored.size), name_dtype(stored.properties.dtype))
+            key: StoredTensor(
+                tuple(stored.size),
+                NAMES.get(kind := stored.properties.dtype, str(kind).removeprefix("torch.")),
+            )
             for key, stored in checkpoint.tensors.items()
         },
         bytes=_megatron_bytes(checkpoint),
@@ -190,9 +193,10 @@ def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
 
 def _inspect_hugging_face(folder: Path) -> Inspection:
     config, found = read_json(folder / "config.json"), list_weights(folder, _refuse_torch_file)
-    names = {code: name_dtype(dtype) for code, dtype in CODES.items()}
     tensors = {
-        key: StoredTensor(stored.shape, names.get(stored.code, stored.code))
+        key: StoredTensor(
+            stored.shape, NAMES[stored.dtype] if stored.code in CODES else stored.code
+        )
         for key, stored in found.tensors.items()
     }
     model = {name: config[name] for name in CONFIG.split() if config.get(name) is not None}

@@ -7,7 +7,6 @@ carried along in config.json, so that the way back gives the same file.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_satformer.checkpoint import exported
-from megatron_satformer.checkpoint.convert.to_hf import AUTO_MAP, CODE
+from megatron_satformer.checkpoint.convert.to_hf import write_config
 from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
 from megatron_satformer.checkpoint.hugging_face.accepted import (
     check_tensors,
@@ -155,17 +153,14 @@ def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> C
         for name, shape in model_shapes(config).items()
     }
     config.dtype = folder.find_dtype(names[EMBEDDING])
-    config.architectures, config.auto_map = ["SATFormerForCausalLM"], AUTO_MAP
+    config.architectures = ["SATFormerForCausalLM"]
     if build_reference_config(config) != folder.config:
         config.reference_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
         _copy_weights(writer, folder, names, tensors, partial)
-        config.to_json_file(partial / CONFIG)
-        _write_generation_config(config, partial)
-        for name in CODE:
-            shutil.copyfile(Path(exported.__file__).parent / name, partial / name)
+        write_config(config, config, partial)
         folder.copy_tokenizer(partial)
         card = CARD.format(architecture=config.architecture)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -374,10 +369,3 @@ def _copy_weights(
     for name, tensor in tensors.items():
         writer.write(name, folder.read(names[name]).reshape(tensor.shape))
     writer.finish()
-
-
-def _write_generation_config(config: SATFormerConfig, partial: Path) -> None:
-    from transformers import GenerationConfig
-
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    GenerationConfig(**{name: getattr(config, name) for name in ids}).save_pretrained(partial)
