@@ -13,38 +13,16 @@ from megatron.core.dist_checkpointing.strategies.torch import get_async_strategy
 
 from megatron_satformer.arguments import has_transformer_engine, importable
 from megatron_satformer.config import DecoderConfig
-from megatron_satformer.model.architectures import PLAIN, all_architectures, find_architecture
+from megatron_satformer.model.architectures import all_architectures, find_architecture
+from megatron_satformer.unsupported import (
+    ARCHITECTURE,
+    LOCAL_BACKEND,
+    TRAINING,
+    refuse_unsupported,
+)
 
 TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
-NOT_GIVEN = (None, False, "none")
-
-# Refused with every architecture: option -> reason.
-_PLAIN_TEXT = "pretrain_satformer.py trains on plain text from the start of each sample to its end"
-_HETEROGENEOUS = "all layers must project values the same way"
-_HYBRID = "not every layer is an attention layer"
-UNSUPPORTED = {
-    "sft": _PLAIN_TEXT,
-    "fim_data": _PLAIN_TEXT,
-    "perform_rl_step": _PLAIN_TEXT,
-    "logits_load_dir": _PLAIN_TEXT,
-    "logits_save_dir": _PLAIN_TEXT,
-    "hybrid_context_parallel": _PLAIN_TEXT,
-    "multi_latent_attention": "its values are not a plain projection of the layer's input",
-    "mtp_num_layers": "the prediction layers would need what is carried behind the last stage",
-    "heterogeneous_layers_config_path": _HETEROGENEOUS,
-    "heterogeneous_layers_config_encoded_json": _HETEROGENEOUS,
-    "hybrid_layer_pattern": _HYBRID,
-    "hybrid_override_pattern": _HYBRID,
-    "is_hybrid_model": _HYBRID,
-    "experimental_attention_variant": "it replaces the attention that architectures build on",
-    "overlap_moe_expert_parallel_comm": "its schedule runs past the layer's forward",
-    "moe_use_upcycling": "Megatron 0.19.2 would give the dense model experts too",
-    "freeze_all_layers": "Megatron 0.19.2 ignores it where a builder makes the model",
-    "apply_residual_connection_post_layernorm": "Megatron 0.19.2 no longer reads it",
-    "kitchen_config_file": "Kitchen's layers have not been tried",
-    "kitchen_recipe_number": "Kitchen's layers have not been tried",
-    "use_kitchen_attention": "Kitchen's layers have not been tried",
-}
+NOT_GIVEN = (None, False)
 # What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
 ENGINE_ONLY = {
     "fp8_format": "fp8",
@@ -66,12 +44,6 @@ ENGINE_ONLY = {
         *("moe_grouped_gemm", "moe_latent_size", "moe_permute_fusion", "moe_router_fusion"),
         *("use_grouped_gemm_for_shared_expert", "overlap_dispatch_backward_with_experts_wgrad"),
     )
-}
-# What torch's scaled_dot_product_attention lacks: option -> the value that asks for nothing.
-SDPA_LACKS = {
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "apply_query_key_layer_scaling": False,
 }
 
 
@@ -115,19 +87,10 @@ def check_model(args: Namespace, cuda: bool) -> None:
         ValueError: an option that contradicts another.
         NotImplementedError: a combination that is not supported, with the reason.
     """
-    _refuse(args, UNSUPPORTED)
+    refuse_unsupported(args, TRAINING)
     backend = _backend(args, cuda)
     _check_engine(args, cuda, backend)
     _check_experts(args, cuda, backend)
-
-
-def _refuse(preview: Namespace, reasons: dict[str, str], beside: str = "", way: str = "") -> None:
-    for option, reason in reasons.items():
-        value = getattr(preview, option, None)
-        if value not in NOT_GIVEN:
-            raise NotImplementedError(
-                f"{option} ({value}) is not supported{beside}: {reason}. Leave it out{way}."
-            )
 
 
 def _check_device(preview: Namespace, cuda: bool) -> None:
@@ -162,14 +125,7 @@ def _check_engine(preview: Namespace, cuda: bool, chosen: str) -> None:
                 f"({chosen})."
             )
     if chosen == "local" and str(preview.attention_backend) != "AttnBackend.local":
-        for option, default in SDPA_LACKS.items():
-            value = getattr(preview, option)
-            if value != default:
-                raise ValueError(
-                    f"{option} ({value}) must come with --attention-backend local: torch's "
-                    "scaled_dot_product_attention does not have it. Add it, or use --transformer-"
-                    "impl transformer_engine."
-                )
+        refuse_unsupported(preview, LOCAL_BACKEND)
 
 
 def _backend(preview: Namespace, cuda: bool) -> str:
@@ -277,11 +233,8 @@ def _check_architecture(preview: Namespace) -> None:
             groups=groups or preview.num_attention_heads or 0,
             tp=preview.tensor_model_parallel_size,
         )
-    reasons = dict(architecture.refuses)
-    for option, (words, reason) in architecture.refuses_words.items():
-        if getattr(preview, option) in words:
-            reasons[option] = reason
-    _refuse(preview, reasons, f" {beside}", f", or use --architecture {PLAIN}")
+    rows = {(ARCHITECTURE,): architecture.refuses}
+    refuse_unsupported(preview, ARCHITECTURE, rows, architecture=architecture.name)
 
 
 def check_carry(config: DecoderConfig) -> None:

@@ -11,19 +11,20 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # What each room of the package may import of the others.
 MAY_IMPORT = {
+    "unsupported": set(),
     "config": set(),
     "arguments": {"config"},
-    "refusals": {"arguments", "config"},
+    "refusals": {"arguments", "config", "unsupported"},
     "cli": set(),
     "errors": set(),
     "files": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "checkpoint", "config", "data", "files", "model"},
-    "model": {"config"},
+    "model": {"config", "unsupported"},
     "parallel": {"config", "model"},
     "data": {"cli", "files"},
-    "checkpoint": {"config", "model", "parallel", "backend", "data", "files"},
+    "checkpoint": {"config", "unsupported", "model", "parallel", "backend", "data", "files"},
     "analysis": {"checkpoint", "cli", "data", "files"},
     "quickstart": {"analysis", "checkpoint", "cli", "data", "files"},
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_satformer.checkpoint.convert.options import build_hf_config
-from megatron_satformer.checkpoint.convert.to_hf import check_names, read_state_dict
+from megatron_satformer.checkpoint.convert.to_hf import IDS, check_names, read_state_dict
 from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.checkpoint.hugging_face.loading import (
@@ -206,12 +206,10 @@ def _load_megatron(
             f"embedding only {args.padded_vocab_size}. Give the one that it was trained with."
         )
     config = build_hf_config(args, len(tokens))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in IDS:
         setattr(config, name, getattr(tokens, name))
     build = model_class(config.architecture)
-    with torch.device("meta"):
-        shapes = build(config).state_dict()
-    check_names(checkpoint, config, shapes)
+    check_names(checkpoint, config)
     chosen = DTYPES[choose_dtype(args, dtype)]
     state = read_state_dict(checkpoint, config, chosen)
     with quiet_transformers():

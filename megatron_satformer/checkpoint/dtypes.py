@@ -5,8 +5,10 @@ from argparse import Namespace
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # safetensors' names
 CODES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CODE_OF = {dtype: code for code, dtype in CODES.items()}
 
 
 def choose_dtype(args: Namespace, given: str | None) -> str:
@@ -31,9 +33,3 @@ def check_dtype(given: str) -> str:
     if given not in DTYPES:
         raise ValueError(f"dtype ({given}) must be one of {', '.join(DTYPES)}.")
     return given
-
-
-def name_dtype(dtype: torch.dtype) -> str:
-    """Returns its name in DTYPES, or torch's where it is none of them."""
-    names = {value: name for name, value in DTYPES.items()}
-    return names.get(dtype, str(dtype).removeprefix("torch."))

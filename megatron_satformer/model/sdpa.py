@@ -13,11 +13,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-_UNSUPPORTED = {
-    "window_size": (None,),
-    "softmax_type": ("vanilla",),
-    "apply_query_key_layer_scaling": (False,),
-}
+from megatron_satformer.unsupported import SDPA, refuse_unsupported
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -39,12 +35,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        for name, allowed in _UNSUPPORTED.items():
-            if getattr(config, name) not in allowed:
-                raise NotImplementedError(
-                    f"{name} ({getattr(config, name)}) is not supported by the local backend's "
-                    "scaled_dot_product_attention. Use --attention-backend local."
-                )
+        refuse_unsupported(config, SDPA)
         self.config = config
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -6,7 +6,7 @@
 It carries a stream, X_0, and a growing number of KV-head tensors, so every boundary of a pipeline
 has its own width. docs/adding_an_architecture.md walks through this file.
 
-Shapes: s sequence, b micro-batch, h hidden, ng KV heads, hn head dim; "/tp" marks what a rank holds.
+Shapes: s sequence, b micro-batch, h hidden, ng KV heads, hn head dim; "/tp": per rank.
 """
 
 from dataclasses import dataclass, field

@@ -5,13 +5,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_satformer.checkpoint.dtypes import CODES, DTYPES, choose_dtype, name_dtype
+from megatron_satformer.checkpoint.dtypes import CODE_OF, CODES, DTYPES, NAMES, choose_dtype
 
 
 def test_names():
-    assert [name_dtype(dtype) for dtype in DTYPES.values()] == ["bf16", "fp16", "fp32"]
-    assert name_dtype(torch.int64) == "int64"
-    assert set(CODES.values()) == set(DTYPES.values())
+    assert (DTYPES["bf16"], CODES["BF16"]) == (torch.bfloat16, torch.bfloat16)
+    assert [CODE_OF[dtype] for dtype in DTYPES.values()] == ["BF16", "F16", "F32"]
+    assert {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"} == NAMES
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_satformer.checkpoint.convert.options import own_options
 from megatron_satformer.checkpoint.convert.paper_layout import build_config, rename
-from megatron_satformer.checkpoint.dtypes import CODES, name_dtype
+from megatron_satformer.checkpoint.dtypes import CODES, NAMES
 from megatron_satformer.checkpoint.hugging_face.accepted import parse_config
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer, is_hugging_face
 from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
@@ -163,7 +163,10 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         options=_chosen_args(args),
         all_options=dict(sorted(vars(args).items())),
         tensors={
-            key: StoredTensor(tuple(stored.size), name_dtype(stored.properties.dtype))
+            key: StoredTensor(
+                tuple(stored.size),
+                NAMES.get(kind := stored.properties.dtype, str(kind).removeprefix("torch.")),
+            )
             for key, stored in checkpoint.tensors.items()
         },
         bytes=_megatron_bytes(checkpoint),
@@ -211,9 +214,10 @@ def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
 
 def _inspect_hugging_face(folder: Path) -> Inspection:
     config, found = read_json(folder / "config.json"), list_weights(folder, _refuse_torch_file)
-    names = {code: name_dtype(dtype) for code, dtype in CODES.items()}
     tensors = {
-        key: StoredTensor(stored.shape, names.get(stored.code, stored.code))
+        key: StoredTensor(
+            stored.shape, NAMES[stored.dtype] if stored.code in CODES else stored.code
+        )
         for key, stored in found.tensors.items()
     }
     own, named = _hugging_face_own(config, folder)

@@ -22,7 +22,7 @@ from megatron_satformer.checkpoint.convert.names import (
     convert_to_megatron,
     iterate_names,
 )
-from megatron_satformer.checkpoint.dtypes import DTYPES, check_dtype, name_dtype
+from megatron_satformer.checkpoint.dtypes import DTYPES, NAMES, check_dtype
 from megatron_satformer.checkpoint.hugging_face.accepted import (
     check_tensors,
     model_shapes,
@@ -172,12 +172,12 @@ def _check_save(save: Path, overwrite: bool) -> None:
 def _find_dtype(folder: HFFolder, given: str | None) -> str:
     if given is not None:
         return check_dtype(given)
-    found = name_dtype(folder.find_dtype(EMBEDDING.hf[0]))
-    if found not in DTYPES:
+    found = folder.find_dtype(EMBEDDING.hf[0])
+    if found not in NAMES:
         raise ValueError(
             f"dtype ({found}) of {folder.path} must be given: pass --dtype bf16 or fp32."
         )
-    return found
+    return NAMES[found]
 
 
 def _plan(folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Iterator[Piece]:

@@ -8,39 +8,7 @@ from typing import Any
 
 from megatron_satformer.checkpoint.hugging_face.code import config_class
 from megatron_satformer.model.architectures import PLAIN, find_architecture
-
-# option -> the one value that the exported model computes, where any other means another model
-REQUIRED: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "swiglu": True,
-    "add_bias_linear": False,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "rotary_scaling_factor": 1.0,
-    "use_rope_scaling": False,
-    "no_rope_freq": None,
-    "rope_type": (None, "rope"),
-    "num_experts": None,
-    "multi_latent_attention": False,
-    "mtp_num_layers": None,
-    "qk_l2_norm": False,
-    "attention_output_gate": False,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "use_mup": False,
-    "experimental_attention_variant": None,
-    "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None,
-    "hybrid_layer_pattern": None,
-    "hybrid_override_pattern": None,
-    "is_hybrid_model": False,
-}
+from megatron_satformer.unsupported import EXPORT, refuse_unsupported
 
 
 def check_exportable(args: Namespace) -> None:
@@ -49,14 +17,7 @@ def check_exportable(args: Namespace) -> None:
     Raises:
         ValueError: Names the first option, its value, and what it would have to be.
     """
-    for option, required in REQUIRED.items():
-        allowed = required if isinstance(required, tuple) else (required,)
-        value = getattr(args, option, allowed[0])
-        if value not in allowed:
-            raise ValueError(
-                f"{option} ({value}) must be {allowed[0]} for an export to Hugging Face: the "
-                "exported model computes nothing else."
-            )
+    refuse_unsupported(args, EXPORT)
 
 
 def own_options(args: Namespace) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
+from megatron_satformer.checkpoint.convert.to_hf import write_config
 from megatron_satformer.checkpoint.hugging_face.accepted import check_tensors, read_config
 from megatron_satformer.checkpoint.hugging_face.code import (
-    build_auto_map,
     config_class,
     model_class,
     model_shapes,
-    write_code,
 )
 from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder, open_hf_folder
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
@@ -151,16 +150,13 @@ def convert_from_paper(load: Path, save: Path, overwrite: bool = False) -> Conve
     }
     config.dtype = folder.find_dtype(names[EMBEDDING])
     config.architectures = [model_class(config.architecture).__name__]
-    config.auto_map = build_auto_map(config.architecture)
     if build_paper_config(config) != folder.config:
         config.paper_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
         _copy_weights(writer, folder, names, tensors, partial)
-        config.to_json_file(partial / CONFIG)
-        _write_generation_config(config, partial)
-        write_code(config.architecture, partial)
+        write_config(config, config, partial)
         folder.copy_tokenizer(partial)
         card = CARD.format(architecture=config.architecture)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -374,10 +370,3 @@ def _copy_weights(
     for name, tensor in tensors.items():
         writer.write(name, folder.read(names[name]).reshape(tensor.shape))
     writer.finish()
-
-
-def _write_generation_config(config: Any, partial: Path) -> None:
-    from transformers import GenerationConfig
-
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    GenerationConfig(**{name: getattr(config, name) for name in ids}).save_pretrained(partial)

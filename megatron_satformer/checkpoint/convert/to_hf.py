@@ -7,7 +7,7 @@ does not grow with the model; --verify alone loads it.
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ from megatron_satformer.checkpoint.convert.options import build_hf_config, check
 from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
 from megatron_satformer.checkpoint.hugging_face.code import (
-    build_auto_map,
     model_class,
     model_shapes,
-    write_code,
 )
+from megatron_satformer.checkpoint.hugging_face.folder import CONFIG
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
 from megatron_satformer.checkpoint.hugging_face.tokenizer import (
@@ -48,7 +47,7 @@ from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
 
-MARKER = "config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def export_to_hf(
     """
     start = time.perf_counter()
     shard_size = parse_shard_size(max_shard_size)
-    check_target(save, MARKER, overwrite)
+    check_target(save, CONFIG, overwrite)
     checkpoint = open_checkpoint(load, step)
     checkpoint.check_files()
     plan = _build_plan(checkpoint, dtype, tokenizer)
@@ -120,7 +119,7 @@ def export_to_hf(
         check_verifiable(checkpoint, parameters)
     with written_atomically(save) as folder:
         # once more under the lock: another run may have finished since
-        check_target(save, MARKER, overwrite)
+        check_target(save, CONFIG, overwrite)
         writer = ShardWriter(plan.shapes, folder, shard_size)
         check_space(folder, writer.bytes)
         tokens = _write_config_and_tokenizer(plan, folder)
@@ -148,7 +147,6 @@ class _Plan:
         dtype: One of DTYPES.
         options: Flags of the tokenizer, or None to export without.
         tokens: The tokenizer that they make.
-        ids: Of bos, eos and pad.
     """
 
     config: Any
@@ -157,7 +155,6 @@ class _Plan:
     dtype: str
     options: TokenizerOptions | None
     tokens: Any
-    ids: dict[str, Any]
 
 
 def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> _Plan:
@@ -170,9 +167,9 @@ def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: st
     for name, value in ids.items():
         setattr(config, name, value)
     stock = build_stock_config(config)
+    check_names(checkpoint, config)
     shapes = _build_shapes(config, DTYPES[dtype])
-    check_names(checkpoint, config, shapes)
-    return _Plan(config, stock, shapes, dtype, options, tokens, ids)
+    return _Plan(config, stock, shapes, dtype, options, tokens)
 
 
 def read_state_dict(
@@ -194,21 +191,21 @@ def read_state_dict(
     return state
 
 
-def check_names(checkpoint: MegatronCheckpoint, config: Any, shapes: Mapping[str, Tensor]) -> None:
+def check_names(checkpoint: MegatronCheckpoint, config: Any) -> None:
     """Compares keys and shapes with the model's.
 
     Args:
         checkpoint: Opened.
         config: Of the exported model.
-        shapes: Hugging Face name -> tensor of the right shape, such as `_build_shapes` returns.
 
     Raises:
         ValueError: Names every key that is missing, unknown or of another shape.
     """
     stored = {key: tensor.size for key, tensor in checkpoint.tensors.items()}
     expected: dict[str, Sequence[int]] = {}
+    shapes = model_shapes(config)
     for name in iterate_names(config):
-        shape = sum(shapes[part].shape[0] for part in name.hf), *shapes[name.hf[0]].shape[1:]
+        shape = sum(shapes[part][0] for part in name.hf), *shapes[name.hf[0]][1:]
         if name.packing == "vocabulary" and name.megatron in stored:
             shape = max(shape[0], stored[name.megatron][0]), *shape[1:]  # padding
         if name.megatron not in stored and name.stacked in stored:
@@ -226,7 +223,7 @@ def _build_tokenizer(
     if stored is None:
         raise ValueError(f"{checkpoint.folder} does not fit its own args: it has no embedding.")
     rows = stored.size[0]
-    tokens, ids = None, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokens, ids = None, dict.fromkeys(IDS)
     if options is not None:
         tokens = build_transformers_tokenizer(options, getattr(args, "chat_template", None))
         # an import may have more rows than its tokenizer has entries
@@ -318,22 +315,34 @@ def _write_weights(
 
 def _write_config_and_tokenizer(plan: _Plan, folder: Path) -> Any:
     """Returns the tokenizer as loaded again, or None."""
-    from transformers import GenerationConfig
-
     written: Any = plan.config if plan.stock is None else plan.stock
     written.dtype = DTYPES[plan.dtype]
     written.architectures = [model_class_name(plan.config, plan.stock)]
-    if plan.stock is None:
-        written.auto_map = build_auto_map(plan.config.architecture)
-        write_code(plan.config.architecture, folder)
-    else:
+    if plan.stock is not None:
         # readers from before transformers 5 look for it here, and else take a default in silence
         written.rope_theta = written.rope_parameters["rope_theta"]
-    written.to_json_file(folder / "config.json")
-    GenerationConfig(**plan.ids).save_pretrained(folder)
+    write_config(written, plan.config, folder)
     if plan.options is None:
         return None
     plan.tokens.save_pretrained(folder)
     tokens = load_tokenizer(folder, written)
     check_same_ids(tokens, plan.options)
     return tokens
+
+
+def write_config(config: Any, ids: Any, folder: Path) -> None:
+    """Writes config.json, generation_config.json, and the code that our own class needs.
+
+    Args:
+        config: Of the model.
+        ids: Has the ids of bos, eos and pad that texts are made with.
+        folder: Where.
+    """
+    from transformers import GenerationConfig
+
+    if isinstance(config, SATFormerConfig):
+        config.auto_map = AUTO_MAP
+        for name in CODE:
+            shutil.copyfile(Path(exported.__file__).parent / name, folder / name)
+    config.to_json_file(folder / CONFIG)
+    GenerationConfig(**{name: getattr(ids, name) for name in IDS}).save_pretrained(folder)

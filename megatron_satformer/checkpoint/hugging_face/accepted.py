@@ -17,17 +17,21 @@ from megatron_satformer.model.architectures import (
     all_architectures,
     find_architecture,
 )
+from megatron_satformer.unsupported import Place, Row, Table, refuse_unsupported
 
 # model_type -> whether its queries and keys are normalised
 STOCK = {"llama": False, "qwen3": True}
 # model_type of every export before each architecture had a class of its own
 FORMER = "satformer"
-# field -> the one value that Megatron's model computes here, and what else it would take
-REQUIRED: dict[str, Any] = {
-    "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "quantization_config": (None,),
+IMPORT = Place(
+    ValueError, "of {path} must be {needed}: Megatron's model computes nothing else here."
+)
+REQUIRED: Table = {
+    (IMPORT,): (
+        Row("hidden_act", allowed=("silu", "swish")),
+        Row("mlp_bias use_sliding_window", allowed=(False,)),
+        Row("quantization_config", allowed=(None,)),
+    )
 }
 # fields of the same name and meaning
 SHARED = (*SHAPE_FIELDS, "attention_bias", "pad_token_id")
@@ -181,13 +185,7 @@ def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _check_exact(folder: HFFolder, theirs: Any) -> None:
-    for field, allowed in REQUIRED.items():
-        value = getattr(theirs, field, allowed[0])
-        if value not in allowed:
-            raise ValueError(
-                f"{field} ({value}) of {folder.path} must be {allowed[0]}: Megatron's model "
-                "computes nothing else here."
-            )
+    refuse_unsupported(theirs, IMPORT, REQUIRED, path=folder.path)
     layers = set(getattr(theirs, "layer_types", None) or ()) - {"full_attention"}
     if layers:
         raise ValueError(

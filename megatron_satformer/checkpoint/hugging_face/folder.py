@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_satformer.checkpoint.dtypes import CODES
+from megatron_satformer.checkpoint.dtypes import CODE_OF, CODES
 from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weights, read_json
 from megatron_satformer.checkpoint.tensor_names import check_tensor_names, list_problems
 
@@ -137,9 +137,8 @@ def open_hf_folder(path: Path) -> HFFolder:
 
     def read_torch_file(file: Path) -> dict[str, Stored]:
         mapped[file] = _map_torch_file(file)
-        codes = {dtype: code for code, dtype in CODES.items()}
         return {
-            name: Stored(file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+            name: Stored(file, tuple(tensor.shape), CODE_OF.get(tensor.dtype, str(tensor.dtype)))
             for name, tensor in mapped[file].items()
         }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint.dtypes import CODES
+from megatron_satformer.checkpoint.dtypes import CODE_OF
 from megatron_satformer.checkpoint.hugging_face.weights import INDEX
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -68,7 +68,6 @@ class ShardWriter:
 
     def create(self) -> None:
         """Makes the files at their full size, with headers and without content."""
-        codes = {dtype: code for code, dtype in CODES.items()}
         for name, keys in self._split.filename_to_tensors.items():
             # as safetensors does: widest numbers first, so that all are aligned
             keys = sorted(keys, key=lambda key: (-self._tensors[key].itemsize, key))
@@ -77,7 +76,7 @@ class ShardWriter:
             for key in keys:
                 tensor = self._tensors[key]
                 header[key] = {
-                    "dtype": codes[tensor.dtype],
+                    "dtype": CODE_OF[tensor.dtype],
                     "shape": list(tensor.shape),
                     "data_offsets": [end, end + tensor.nbytes],
                 }

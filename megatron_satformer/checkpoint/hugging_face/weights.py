@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,19 +33,12 @@ class Stored:
         return CODES[self.code]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a folder holds.
-
-    Attributes:
-        files: Those that are there.
-        tensors: Name -> where it lies.
-        problems: What is missing, cut short or not what it should be, without a full stop.
-    """
+class Weights(NamedTuple):
+    """Files that are there, their tensors by name, and what is missing, cut short or damaged."""
 
     files: list[Path]
     tensors: dict[str, Stored]
-    problems: list[str]
+    problems: list[str]  # without a full stop
 
 
 def list_weights(path: Path, read_torch_file: Callable[[Path], Mapping[str, Stored]]) -> Weights:
@@ -73,8 +66,8 @@ def list_weights(path: Path, read_torch_file: Callable[[Path], Mapping[str, Stor
     lost = [n for n, file in index.items() if n not in tensors or tensors[n].file.name != file]
     if lost and not problems:
         places = ", ".join(sorted({index[name] for name in lost}))
-        lost_names = list_problems(sorted(lost))
-        problems.append(f"{path} does not fit its index: {lost_names} not in {places}")
+        told = f"{list_problems(sorted(lost))} not in {places}"
+        problems.append(f"{path} does not fit its index: {told}")
     return Weights(files, tensors, problems)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint
 from megatron_satformer.checkpoint.tensor_names import check_tensor_names
+from megatron_satformer.unsupported import ONE_CPU, refuse_unsupported
 
 with warnings.catch_warnings():
     # Megatron's optional parts that are not installed
@@ -42,26 +43,6 @@ EXECUTION = re.compile(
     "|dispatcher|deepep|stash|grouped_gemm|cpu_init|perform_init|cp_comm_type|config_logger|params_dtype"
     "|deterministic|autocast|^(fp16|bf16|transformer_impl|attention_backend|quant_recipe|timers)$"
 )
-_HYBRID = "not every layer is an attention layer"
-_HETEROGENEOUS = "its layers differ from each other"
-_UNFUSED = "Megatron's own attention makes its mask on a GPU"
-UNSUPPORTED = {
-    "multi_latent_attention": "its attention is not this project's",
-    "mtp_num_layers": "this project trains no prediction layers",
-    "heterogeneous_layers_config_path": _HETEROGENEOUS,
-    "heterogeneous_layers_config_encoded_json": _HETEROGENEOUS,
-    "hybrid_layer_pattern": _HYBRID,
-    "hybrid_override_pattern": _HYBRID,
-    "is_hybrid_model": _HYBRID,
-    "experimental_attention_variant": "its attention is not this project's",
-    "apply_layernorm_1p": "torch's norms do not have it",
-    "layernorm_zero_centered_gamma": "torch's norms do not have it",
-    "window_size": _UNFUSED,
-    "apply_query_key_layer_scaling": _UNFUSED,
-    "softmax_type": _UNFUSED,
-    "fp32_residual_connection": "Transformer Engine alone computes it",
-    "moe_latent_size": "Transformer Engine alone computes it",
-}
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 POSITIONS = ("rope", "learned_absolute", "none")
 
@@ -136,19 +117,10 @@ def check_runnable(args: Namespace) -> None:
     Raises:
         NotImplementedError: Names the option.
     """
-    reasons = {
-        name: why
-        for name, why in UNSUPPORTED.items()
-        if getattr(args, name, None) not in (None, False, "vanilla")
-    }
-    if _positions(args) not in POSITIONS:
-        reasons["position_embedding_type"] = "Megatron reads its options in training alone"
-    for name, reason in reasons.items():
-        raise NotImplementedError(
-            f"{name} ({getattr(args, name)}) is not supported where a checkpoint's Megatron model "
-            f"is run on one CPU process: {reason}. Evaluate it with pretrain_satformer.py "
-            "--skip-train."
-        )
+    refuse_unsupported(args, ONE_CPU)
+    if (kind := _positions(args)) not in POSITIONS:
+        why = "Megatron reads its options in training alone"
+        raise ONE_CPU.refusal("position_embedding_type", kind, why=why)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_satformer.config import DecoderConfig
+from megatron_satformer.unsupported import Row
 
 Packing = Literal["one", "vocabulary", "qkv", "halves"]
 
@@ -111,8 +112,7 @@ class Architecture:
         tensors: options and n -> its own tensors.
         finish: what one chunk of the model needs beyond its layers; called with the chunk, its
             place in the model, and its TransformerBlock's process groups in place.
-        refuses: Megatron option -> why it cannot be used.
-        refuses_words: option -> (words that cannot be used, why), for options that are words.
+        refuses: Megatron's options that cannot be used with it, and why.
         defaults: parsed arguments -> defaults of other flags.
         zero_start: options -> None if zeros for its own tensors compute the plain Transformer and
             learn from there; else why not.
@@ -137,8 +137,7 @@ class Architecture:
     carry: Callable[[Any, int], Carry] = lambda config, n: Carry()
     tensors: Callable[[Any, int], Sequence[OwnTensor]] = lambda options, n: ()
     finish: Callable[[GPTModel, int], None] | None = None
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    refuses_words: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
+    refuses: tuple[Row, ...] = ()
     defaults: Callable[[Namespace], dict[str, Any]] = lambda preview: {}
     zero_start: Callable[[Any], str | None] = lambda options: None
     start_options: Mapping[str, Any] = field(default_factory=dict)

@@ -34,6 +34,7 @@ from megatron_satformer.model.architectures.value_residual import (
     mixes,
 )
 from megatron_satformer.model.coefficients import head_coefficients, summed_over_heads
+from megatron_satformer.unsupported import Row
 
 LAMBDA2_INIT = 0.5
 
@@ -191,7 +192,6 @@ def _mixes_in_fewer(options: Any) -> str | None:
     )
 
 
-_SHARED = "it has not been tried with lambdas that all stages share"
 _FAR = "its lambdas start far from a Transformer's"
 RESFORMER = Architecture(
     name="resformer",
@@ -213,7 +213,13 @@ RESFORMER = Architecture(
     carry=carry_v1,
     tensors=own_tensors,
     finish=attach_shared_lambdas,
-    refuses=REFUSES | {"use_megatron_fsdp": _SHARED, "use_torch_fsdp2": _SHARED},
+    refuses=(
+        *REFUSES,
+        Row(
+            "use_megatron_fsdp use_torch_fsdp2",
+            "it has not been tried with lambdas that all stages share",
+        ),
+    ),
     defaults=_defaults,
     zero_start=lambda options: f"{_FAR}.",
     from_transformer=_FAR,

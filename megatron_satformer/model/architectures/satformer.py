@@ -39,6 +39,7 @@ from megatron_satformer.model.architectures.value_residual import (
     mixes,
 )
 from megatron_satformer.model.gates import apply_gate
+from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
 VALUE_GATES = ("relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity")
@@ -267,8 +268,6 @@ def _widened(linear_qkv: Any) -> Any:
     return build
 
 
-_ROWS = "it treats the rows of linear_qkv by position, and gate rows are among them"
-_FUSED = "its sharding does not know the fused gate rows"
 _FORMAT = "only torch_dist checkpoints store gates apart"
 SATFORMER = Architecture(
     name="satformer",
@@ -289,23 +288,23 @@ SATFORMER = Architecture(
     layer=ValueResidualLayer,
     carry=carry_v1,
     tensors=own_tensors,
-    refuses=REFUSES
-    | {
-        "use_megatron_fsdp": _FUSED,
-        "use_torch_fsdp2": _FUSED,
-        "tensor_parallel_num_weight_shards": _ROWS,
-        "qk_clip": _ROWS,
-        "fp8_param_gather": "the fused gate rows cannot be initialised in fp8",
-        "fp4_param_gather": "the fused gate rows cannot be initialised in fp4",
-        "ckpt_convert_format": _FORMAT,
-    },
-    refuses_words={
-        "optimizer": (
-            ("muon", "dist_muon", "adaptive_muon", "soap"),
-            "it orthogonalises linear_qkv, gate rows included",
+    refuses=(
+        *REFUSES,
+        Row("use_megatron_fsdp use_torch_fsdp2", "its sharding does not know the fused gate rows"),
+        Row(
+            "tensor_parallel_num_weight_shards qk_clip",
+            "it treats the rows of linear_qkv by position, and gate rows are among them",
         ),
-        "ckpt_format": (("torch", "torch_dcp", "fsdp_dtensor"), _FORMAT),
-    },
+        Row("fp8_param_gather", "the fused gate rows cannot be initialised in fp8"),
+        Row("fp4_param_gather", "the fused gate rows cannot be initialised in fp4"),
+        Row("ckpt_convert_format", _FORMAT),
+        Row("ckpt_format", _FORMAT, ("torch_dist",)),
+        Row(
+            "optimizer",
+            "it orthogonalises linear_qkv, gate rows included",
+            ("adam", "sgd", "lion"),
+        ),
+    ),
     zero_start=why_not_from_zero,
     start_options={"value_gate": "tanh"},
     gates="alpha [batch, sequence, KV heads] of\neach layer that mixes",

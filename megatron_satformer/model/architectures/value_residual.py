@@ -18,16 +18,16 @@ from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.record import Carry
+from megatron_satformer.unsupported import Row
 
-# Megatron option -> why it cannot be used where V1 is carried.
 _STATIC = "V1 would have to be a static buffer"
-REFUSES = {
-    "fine_grained_activation_offloading": "it frees layer 1's values, which are V1, after use",
-    "cpu_offloading_num_layers": "V1 outlives the layers whose activations it moves away",
-    "enable_cuda_graph": _STATIC,
-    "external_cuda_graph": _STATIC,
-    "cuda_graph_impl": _STATIC,
-}
+# Megatron's options that cannot be used where V1 is carried.
+REFUSES = (
+    Row("fine_grained_activation_offloading", "it frees layer 1's values, which are V1, after use"),
+    Row("cpu_offloading_num_layers", "V1 outlives the layers whose activations it moves away"),
+    Row("enable_cuda_graph external_cuda_graph", _STATIC),
+    Row("cuda_graph_impl", _STATIC, ("none",)),
+)
 
 
 @dataclass

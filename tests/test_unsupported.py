@@ -1,0 +1,79 @@
+"""One table says where an option is refused, how, and which of its values ask for nothing."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_satformer.unsupported import (
+    EXPORT,
+    LOCAL_BACKEND,
+    ONE_CPU,
+    SDPA,
+    TRAINING,
+    UNSUPPORTED,
+    VALUE_RESIDUAL,
+    Place,
+    Row,
+    refuse_unsupported,
+)
+
+EVERYWHERE = {TRAINING, ONE_CPU, EXPORT}
+ATTENTION = {LOCAL_BACKEND, SDPA, ONE_CPU}
+REFUSED = [
+    ("multi_latent_attention", True, EVERYWHERE),
+    ("mtp_num_layers", 1, EVERYWHERE),
+    ("is_hybrid_model", True, EVERYWHERE),
+    ("sft", True, {TRAINING}),
+    ("apply_residual_connection_post_layernorm", True, {TRAINING, EXPORT}),
+    ("qk_clip", True, {VALUE_RESIDUAL}),
+    ("ckpt_format", "torch", {VALUE_RESIDUAL}),
+    ("window_size", (8, 0), ATTENTION | {EXPORT}),
+    ("softmax_type", "learnable", ATTENTION | {EXPORT}),
+    ("apply_query_key_layer_scaling", True, ATTENTION),
+    ("apply_layernorm_1p", True, {ONE_CPU, EXPORT}),
+    ("moe_latent_size", 32, {ONE_CPU}),
+    ("swiglu", False, {EXPORT}),
+    ("rotary_percent", 0.5, {EXPORT}),
+    ("num_experts", 8, {EXPORT}),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "places"), REFUSED)
+def test_where_an_option_is_refused(option, value, places):
+    for place in (TRAINING, VALUE_RESIDUAL, LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT):
+        options = Namespace(**{option: value})
+        if place not in places:
+            refuse_unsupported(options, place, architecture="resformer")
+            continue
+        with pytest.raises(place.error) as error:
+            refuse_unsupported(options, place, architecture="resformer")
+        assert str(error.value).startswith(f"{option} ({value}) ")
+        assert "{" not in str(error.value)
+
+
+def test_what_asks_for_nothing_is_let_through():
+    given = {"mtp_num_layers": None, "sft": False, "softmax_type": "vanilla", "rope_type": "rope"}
+    given |= {"cuda_graph_impl": "none", "ckpt_format": "torch_dist", "rotary_percent": 1.0}
+    for options in (Namespace(), Namespace(**given)):
+        for place in {place for places in UNSUPPORTED for place in places}:
+            refuse_unsupported(options, place)
+
+
+def test_the_words_of_a_refusal():
+    with pytest.raises(NotImplementedError) as error:
+        refuse_unsupported(Namespace(qk_clip=True), VALUE_RESIDUAL, architecture="resformer")
+    assert str(error.value) == (
+        "qk_clip (True) is not supported with architecture (resformer): it treats the rows of "
+        "linear_qkv by position, and gate rows are among them. Leave it out, or use "
+        "--architecture transformer."
+    )
+    place = Place(ValueError, "of {path} must be {needed}.")
+    table = {(place,): (Row("width height", allowed=(1, 2)),)}
+    refuse_unsupported(Namespace(width=2), place, table, path="a")
+    with pytest.raises(ValueError, match=r"^height \(3\) of a\{b\} must be 1\.$"):
+        refuse_unsupported(Namespace(width=2, height=3), place, table, path="a{b}")
+
+
+def test_every_option_stands_in_one_row():
+    options = [option for rows in UNSUPPORTED.values() for row in rows for option in row[0].split()]
+    assert len(options) == len(set(options))
