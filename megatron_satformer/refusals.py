@@ -18,6 +18,7 @@ from megatron_satformer.unsupported import (
     ARCHITECTURE,
     LOCAL_BACKEND,
     TRAINING,
+    Table,
     refuse_unsupported,
 )
 
@@ -233,7 +234,7 @@ def _check_architecture(preview: Namespace) -> None:
             groups=groups or preview.num_attention_heads or 0,
             tp=preview.tensor_model_parallel_size,
         )
-    rows = {(ARCHITECTURE,): architecture.refuses}
+    rows: Table = {(ARCHITECTURE,): architecture.refuses}
     refuse_unsupported(preview, ARCHITECTURE, rows, architecture=architecture.name)
 
 

@@ -82,7 +82,7 @@ UNSUPPORTED: Table = {
         Row("multi_latent_attention", "its values are no plain projection of the layer's input"),
         Row(
             "mtp_num_layers",
-            "the prediction layers would need what is carried behind the last stage",
+            "they would need what is carried behind the last stage",
         ),
         Row(
             "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json",
@@ -94,7 +94,7 @@ UNSUPPORTED: Table = {
         ),
         Row(
             "experimental_attention_variant",
-            "it replaces the attention that architectures build on",
+            "it replaces the attention that is built on",
         ),
     ),
     (LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT): (

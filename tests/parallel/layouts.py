@@ -14,6 +14,7 @@ OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-g
 FULL = "--recompute-granularity full --recompute-num-layers"
 UNIFORM, BLOCK = f"{FULL} 2 --recompute-method uniform", f"{FULL} 1 --recompute-method block"
 SELECTIVE = "--recompute-granularity selective"
+GROUPS_OF_3 = "--microbatch-group-size-per-virtual-pipeline-stage 3"
 LAYOUT = "--pipeline-model-parallel-layout"
 GQA2 = "--group-query-attention --num-query-groups 2"
 UNTIED = "--untie-embeddings-and-output-weights"
@@ -79,7 +80,7 @@ ROWS = (
     Row(
         "PP2 x 2 virtual, groups of 3 of 8 micro-batches",
         2,
-        f"{PP2} {VIRTUAL} --micro-batch-size 1 --microbatch-group-size-per-virtual-pipeline-stage 3",
+        f"{PP2} {VIRTUAL} --micro-batch-size 1 {GROUPS_OF_3}",
     ),
     Row("recompute full, uniform", 1, UNIFORM),
     Row("recompute full, block", 1, BLOCK),

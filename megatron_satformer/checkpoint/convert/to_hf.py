@@ -29,8 +29,11 @@ from megatron_satformer.checkpoint.convert.options import build_hf_config, check
 from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
 from megatron_satformer.checkpoint.hugging_face.card import Facts, build_card
 from megatron_satformer.checkpoint.hugging_face.code import (
+    build_auto_map,
+    config_class,
     model_class,
     model_shapes,
+    write_code,
 )
 from megatron_satformer.checkpoint.hugging_face.folder import CONFIG
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
@@ -46,6 +49,7 @@ from megatron_satformer.checkpoint.tensor_names import check_tensor_names
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
+from megatron_satformer.model.architectures import PLAIN
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -340,9 +344,8 @@ def write_config(config: Any, ids: Any, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    if isinstance(config, SATFormerConfig):
-        config.auto_map = AUTO_MAP
-        for name in CODE:
-            shutil.copyfile(Path(exported.__file__).parent / name, folder / name)
+    if isinstance(config, config_class(PLAIN)):  # which all of ours subclass
+        config.auto_map = build_auto_map(config.architecture)
+        write_code(config.architecture, folder)
     config.to_json_file(folder / CONFIG)
     GenerationConfig(**{name: getattr(ids, name) for name in IDS}).save_pretrained(folder)
