@@ -2,41 +2,35 @@
 
 import pytest
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_satformer.arguments import has_transformer_engine
-from megatron_satformer.config import ARCHITECTURES, SATFormerConfig
-from megatron_satformer.model.architectures.resformer import ResFormerAttention
-from megatron_satformer.model.architectures.satformer import SATFormerAttention
+from megatron_satformer.model.architectures import TABLE, find_architecture
 from megatron_satformer.model.norm import build_norm
 from megatron_satformer.model.sdpa import ScaledDotProductAttention
 from megatron_satformer.model.specs import build_block_spec
-from megatron_satformer.parallel.stages import StageLayer
+from tests import models
 
-MODULES = {
-    "transformer": SelfAttention,
-    "resformer": ResFormerAttention,
-    "satformer": SATFormerAttention,
-}
+EVERY = pytest.mark.parametrize("architecture", TABLE)
 
 
 def build_config(**options):
     shape = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 4, "qk_layernorm": True}
-    return SATFormerConfig(**shape | {"normalization": "RMSNorm"} | options)
+    return models.build_config(**shape | {"normalization": "RMSNorm"} | options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_local_spec(architecture):
     config = build_config(architecture=architecture, transformer_impl="local")
-    spec = build_block_spec(config, pp_rank=0, residual_layer=StageLayer)
+    spec = build_block_spec(config, pp_rank=0)
     assert len(spec.layer_specs) == 4
     assert spec.layer_norm is build_norm
     layer = spec.layer_specs[0]
-    assert (layer.module is StageLayer) == (architecture != "transformer")
-    assert layer.submodules.self_attention.module is MODULES[architecture]
+    record = find_architecture(architecture)
+    assert layer.module is record.layer
+    assert layer.submodules.self_attention.module is record.attention
     attention = layer.submodules.self_attention.submodules
     assert attention.core_attention is ScaledDotProductAttention
     # Keys are those of Transformer Engine, where the norms are fused into the linears.
@@ -46,7 +40,7 @@ def test_local_spec(architecture):
     }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 @pytest.mark.parametrize("every", [2, [1, 0, 1, 0]], ids=str)
 def test_experts_change_the_mlp_alone(architecture, every):
     options = {"architecture": architecture, "transformer_impl": "local"}
@@ -70,7 +64,7 @@ def test_attention_backend_local_is_megatrons():
 
 
 @pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_engine_spec(architecture):
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
@@ -80,10 +74,10 @@ def test_engine_spec(architecture):
     )
 
     config = build_config(architecture=architecture, transformer_impl="transformer_engine")
-    spec = build_block_spec(config, pp_rank=0, residual_layer=StageLayer)
+    spec = build_block_spec(config, pp_rank=0)
     assert spec.layer_norm is TENorm
     self_attention = spec.layer_specs[0].submodules.self_attention
-    assert self_attention.module is MODULES[architecture]
+    assert self_attention.module is find_architecture(architecture).attention
     assert self_attention.submodules.linear_qkv is TELayerNormColumnParallelLinear
     assert self_attention.submodules.core_attention is TEDotProductAttention
     assert self_attention.submodules.linear_proj is TERowParallelLinear
@@ -126,7 +120,7 @@ def test_fused_attention_refuses_what_it_lacks(options):
 
 @pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_engine_holds_the_same_checkpoint(on_ranks, architecture, ranks):
     options = {"architecture": architecture}
     on_ranks(ranks, "tests.model.ranks:engine_holds_the_same_checkpoint", options)

@@ -5,6 +5,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_satformer.backend.device import choose_device
+from megatron_satformer.parallel.carry import boundary_widths
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from tests.parallel.test_carry import build_config
 
@@ -15,10 +16,10 @@ def sends_and_receives(options: dict) -> None:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     config = build_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **options)
-    width = 24 + (0 if config.architecture == "transformer" else 12)
+    (width,) = boundary_widths(config)
     packed = torch.arange(5.0 * 3 * width).view(5, 3, width)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    communicator = CarryP2PCommunicator(groups.pp, config)
+    communicator = CarryP2PCommunicator(groups.pp, config, lambda: 1)
     shape = (5, 3, 24)  # what Megatron's schedules ask for
     if groups.pp.rank() == 0:
         communicator.send_forward(packed, is_last_stage=False)
@@ -27,3 +28,18 @@ def sends_and_receives(options: dict) -> None:
         received = communicator.recv_forward(shape, is_first_stage=False)
         assert torch.equal(received, packed)
         communicator.send_backward(2 * received.detach(), is_first_stage=False)
+
+
+def widths_in_order(options: dict, microbatches: int, before: list, behind: list) -> None:
+    """The interleaved schedule's receives, on every rank, in the order in which they come."""
+    choose_device("cpu")
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    config = build_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **options)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    communicator = CarryP2PCommunicator(groups.pp, config, lambda: microbatches)
+    for _ in range(2):  # every schedule starts again
+        communicator._start_interleaved()
+        rank = groups.pp.rank()
+        assert [*communicator._widths_before] == before[rank]
+        assert [*communicator._widths_behind] == behind[rank]

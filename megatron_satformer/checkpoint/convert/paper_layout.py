@@ -257,9 +257,7 @@ def build_paper_config(config: Any) -> dict[str, Any]:
     content |= {"hidden_act": "swish", "window_size": None}
     content["rope_theta"] = config.rope_parameters["rope_theta"]
     content["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    if config.architecture != PLAIN:
-        content["use_value_residual"] = True
-    return content
+    return content | dict(paper.fixed)
 
 
 def _paper(architecture: str) -> PaperLayout:
@@ -332,8 +330,7 @@ def _check_representable(config: Any, where: str, accept: bool) -> list[str]:
 def _same_model(one: Any, other: Any) -> bool:
     own = _paper(one.architecture).options
     fields = (*FIELDS, *own, "qk_norm_eps", "head_dim", "rope_parameters")
-    same = one.architecture == other.architecture
-    return same and all(getattr(one, field) == getattr(other, field) for field in fields)
+    return type(one) is type(other) and all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
 def _derive_width(hidden_size: int, ratio: float | None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.model.architectures import PLAIN, find_architecture
+from megatron_satformer.model.architectures import find_architecture
 
 CARD = """---
 library_name: transformers
@@ -138,8 +138,9 @@ def _describe_blend(listed: Sequence[str]) -> str:
 
 
 def _about(config: Any, facts: Facts) -> str:
-    about = find_architecture(config.architecture).about
-    if config.architecture != PLAIN:
+    architecture = find_architecture(config.architecture)
+    about = architecture.about
+    if not architecture.stock:
         return about
     if facts.own_code:
         return f"{about} with an option that transformers' own Llama and Qwen3 do not have."

@@ -6,7 +6,7 @@ which Qwen3 always has and Llama never.
 
 from typing import Any
 
-from megatron_satformer.model.architectures import PLAIN
+from megatron_satformer.model.architectures import find_architecture
 
 # fields that mean the same in all three
 SHAPE_FIELDS = (
@@ -40,7 +40,7 @@ def build_stock_config(config: Any) -> Any | None:
     """
     from transformers import LlamaConfig, Qwen3Config
 
-    if config.architecture != PLAIN or config.attention_bias or config.mlp_bias:
+    if not find_architecture(config.architecture).stock or config.attention_bias or config.mlp_bias:
         return None
     if config.qk_norm and config.qk_norm_eps not in (None, config.rms_norm_eps):
         return None

@@ -124,11 +124,6 @@ def check_resume(args: Namespace) -> None:
 
 
 def _check_from_transformer(args: Namespace, source: Source | None) -> None:
-    if args.architecture == PLAIN:
-        raise ValueError(
-            f"from_transformer (True) must not be given with architecture ({PLAIN}), which reads a "
-            "Transformer's checkpoint as it is. Leave it out."
-        )
     reason = find_architecture(args.architecture).from_transformer
     if reason is not None:
         raise NotImplementedError(

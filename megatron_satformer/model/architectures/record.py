@@ -73,6 +73,7 @@ class PaperLayout:
         names: part of our tensors' names -> part of theirs.
         scalars: ends of our names of one number, which has no axis there.
         options: our option -> theirs.
+        fixed: what its configuration has beside.
         refuse: options -> what of them that repository computes otherwise; None: nothing.
     """
 
@@ -80,6 +81,7 @@ class PaperLayout:
     names: Mapping[str, str] = field(default_factory=dict)
     scalars: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Any], str | None] = lambda options: None
 
 
@@ -117,6 +119,7 @@ class Architecture:
         zero_start: options -> None if zeros for its own tensors compute the plain Transformer and
             learn from there; else why not.
         start_options: options of an import from a plain Transformer, where not the defaults.
+        stock: whether transformers' own Llama and Qwen3 compute it, where they have its options.
         from_transformer: why training cannot start from a Transformer's weights; None: it can.
         gates: what `output_gates=True` gives, for the card; None: nothing.
         layers_note: exported configuration -> what the card says of its layers.
@@ -141,6 +144,7 @@ class Architecture:
     defaults: Callable[[Namespace], dict[str, Any]] = lambda preview: {}
     zero_start: Callable[[Any], str | None] = lambda options: None
     start_options: Mapping[str, Any] = field(default_factory=dict)
+    stock: bool = False
     from_transformer: str | None = None
     gates: str | None = None
     layers_note: Callable[[Any], str] = lambda config: ""

@@ -232,6 +232,7 @@ RESFORMER = Architecture(
         },
         scalars=("value_lambda2", "lambda_scale"),
         options={"value_residual_last_k": "value_residual_last_k"},
+        fixed={"use_value_residual": True},
         refuse=_mixes_in_fewer,
     ),
 )

@@ -317,5 +317,6 @@ SATFORMER = Architecture(
             "value_gate_bias": "value_residual_proj_bias",
             "value_residual_last_k": "value_residual_last_k",
         },
+        fixed={"use_value_residual": True},
     ),
 )

@@ -9,5 +9,7 @@ TRANSFORMER = Architecture(
     about="It is a plain Transformer",
     twin="megatron_satformer.model.reference.decoder:Decoder",
     exported="megatron_satformer.checkpoint.exported.modeling_decoder:DecoderForCausalLM",
+    stock=True,
+    from_transformer="it reads a Transformer's checkpoint as it is",
     paper=PaperLayout("transformer"),
 )
