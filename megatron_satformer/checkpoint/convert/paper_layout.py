@@ -146,27 +146,23 @@ def convert_from_reference(load: Path, save: Path, overwrite: bool = False) -> C
     config = build_config(folder.config, str(load))
     if config.tie_word_embeddings:
         folder = folder.without_tied("lm_head.weight", _rename(EMBEDDING))
-    names = {name: _rename(name) for name in model_shapes(config)}
+    shapes = model_shapes(config)
+    names = {name: _rename(name) for name in shapes}
     folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
-    tensors = {
-        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
-        for name, shape in model_shapes(config).items()
-    }
     config.dtype = folder.find_dtype(names[EMBEDDING])
     config.architectures = ["SATFormerForCausalLM"]
     if build_reference_config(config) != folder.config:
         config.reference_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
-        writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
-        _copy_weights(writer, folder, names, tensors, partial)
+        size = _copy_weights(folder, names, shapes, partial, parse_shard_size("5GB"))
         write_config(config, config, partial)
         folder.copy_tokenizer(partial)
         card = CARD.format(architecture=config.architecture)
         (partial / "README.md").write_text(card, encoding="utf-8")
     kind = str(folder.config["model_type"])
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    return Conversion(save, kind, parameters, writer.bytes, time.perf_counter() - start)
+    parameters = sum(map(math.prod, shapes.values()))
+    return Conversion(save, kind, parameters, size, time.perf_counter() - start)
 
 
 def convert_to_reference(
@@ -189,11 +185,8 @@ def convert_to_reference(
     config = read_config(folder)
     notes = _check_representable(config, str(load), accept_qk_norm_eps)
     folder = check_tensors(folder, config)
+    shapes = _their_shapes(config)
     names = {_rename(name): name for name in model_shapes(config)}
-    tensors = {
-        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
-        for name, shape in _their_shapes(config).items()
-    }
     config.dtype = folder.find_dtype(EMBEDDING)
     content = build_reference_config(config)
     original = getattr(config, "reference_config", None)
@@ -202,14 +195,13 @@ def convert_to_reference(
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         # one file: their loader knows no index
-        writer = ShardWriter(tensors, partial, 1 << 60)
-        _copy_weights(writer, folder, names, tensors, partial)
+        size = _copy_weights(folder, names, shapes, partial, 1 << 60)
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         folder.copy_tokenizer(partial)
     kind = str(content["model_type"])
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parameters = sum(map(math.prod, shapes.values()))
     seconds = time.perf_counter() - start
-    return Conversion(save, kind, parameters, writer.bytes, seconds, tuple(notes))
+    return Conversion(save, kind, parameters, size, seconds, tuple(notes))
 
 
 def build_config(content: Mapping[str, Any], where: str) -> SATFormerConfig:
@@ -357,15 +349,18 @@ def _their_shapes(config: SATFormerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _copy_weights(
-    writer: ShardWriter,
     folder: HFFolder,
     names: Mapping[str, str],
-    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     partial: Path,
-) -> None:
-    """Copies every tensor under its other name; only the axis of one number may come or go."""
+    shard_size: int,
+) -> int:
+    """Returns the bytes copied. Of a tensor's shape, only the axis of one number may change."""
+    tensors = {
+        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
+        for name, shape in shapes.items()
+    }
+    writer = ShardWriter(tensors, partial, shard_size)
     check_space(partial, writer.bytes)
-    writer.create()
-    for name, tensor in tensors.items():
-        writer.write(name, folder.read(names[name]).reshape(tensor.shape))
-    writer.finish()
+    writer.write_all((n, folder.read(names[n]).reshape(shape)) for n, shape in shapes.items())
+    return writer.bytes
