@@ -25,27 +25,19 @@ from megatron_satformer.unsupported import (
 TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 NOT_GIVEN = (None, False)
 # What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
+_SAME_NAME = """
+    dataloader_inter_document_masking te_precision_config_file te_rng_tracker tp_comm_overlap
+    delay_wgrad_compute log_max_attention_logit qk_clip fine_grained_activation_offloading
+    cpu_offloading_num_layers fp32_residual_connection fused_residual_rmsnorm
+    use_te_activation_func use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp
+    batch_invariant_mode moe_grouped_gemm moe_latent_size moe_permute_fusion moe_router_fusion
+    use_grouped_gemm_for_shared_expert overlap_dispatch_backward_with_experts_wgrad
+"""
 ENGINE_ONLY = {
     "fp8_format": "fp8",
     "fp4_format": "fp4",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-} | {
-    name: name
-    for name in (
-        *("dataloader_inter_document_masking", "te_precision_config_file", "te_rng_tracker"),
-        *("tp_comm_overlap", "delay_wgrad_compute", "log_max_attention_logit", "qk_clip"),
-        *("fine_grained_activation_offloading", "cpu_offloading_num_layers"),
-        *(
-            "fp32_residual_connection",
-            "fused_residual_rmsnorm",
-            "use_te_activation_func",
-            "use_transformer_engine_op_fuser",
-        ),
-        *("use_grouped_gemm_for_dense_mlp", "batch_invariant_mode"),
-        *("moe_grouped_gemm", "moe_latent_size", "moe_permute_fusion", "moe_router_fusion"),
-        *("use_grouped_gemm_for_shared_expert", "overlap_dispatch_backward_with_experts_wgrad"),
-    )
-}
+} | {name: name for name in _SAME_NAME.split()}
 
 
 def check_arguments(preview: Namespace, cuda: bool) -> None:

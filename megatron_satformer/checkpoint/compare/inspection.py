@@ -163,10 +163,7 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         options=_chosen_args(args),
         all_options=dict(sorted(vars(args).items())),
         tensors={
-            key: StoredTensor(
-                tuple(stored.size),
-                NAMES.get(kind := stored.properties.dtype, str(kind).removeprefix("torch.")),
-            )
+            key: StoredTensor(tuple(stored.size), _name_dtype(stored.properties.dtype))
             for key, stored in checkpoint.tensors.items()
         },
         bytes=_megatron_bytes(checkpoint),
@@ -215,9 +212,7 @@ def _megatron_bytes(checkpoint: MegatronCheckpoint) -> dict[str, int]:
 def _inspect_hugging_face(folder: Path) -> Inspection:
     config, found = read_json(folder / "config.json"), list_weights(folder, _refuse_torch_file)
     tensors = {
-        key: StoredTensor(
-            stored.shape, NAMES[stored.dtype] if stored.code in CODES else stored.code
-        )
+        key: StoredTensor(stored.shape, _name_dtype(stored.code))
         for key, stored in found.tensors.items()
     }
     own, named = _hugging_face_own(config, folder)
@@ -320,6 +315,11 @@ def _shortened(names: list[str]) -> str:
 
 def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", key)]
+
+
+def _name_dtype(stored: Any) -> str:
+    """Of torch's dtype, or of safetensors' code."""
+    return NAMES.get(CODES.get(stored, stored), str(stored).removeprefix("torch."))
 
 
 def _size(count: int) -> str:

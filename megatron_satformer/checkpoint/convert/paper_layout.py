@@ -142,27 +142,23 @@ def convert_from_paper(load: Path, save: Path, overwrite: bool = False) -> Conve
     config = build_config(folder.config, str(load))
     if config.tie_word_embeddings:
         folder = folder.without_tied("lm_head.weight", rename(EMBEDDING, config))
-    names = {name: rename(name, config) for name in model_shapes(config)}
+    shapes = model_shapes(config)
+    names = {name: rename(name, config) for name in shapes}
     folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
-    tensors = {
-        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
-        for name, shape in model_shapes(config).items()
-    }
     config.dtype = folder.find_dtype(names[EMBEDDING])
     config.architectures = [model_class(config.architecture).__name__]
     if build_paper_config(config) != folder.config:
         config.paper_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
-        writer = ShardWriter(tensors, partial, parse_shard_size("5GB"))
-        _copy_weights(writer, folder, names, tensors, partial)
+        size = _copy_weights(folder, names, shapes, partial, parse_shard_size("5GB"))
         write_config(config, config, partial)
         folder.copy_tokenizer(partial)
         card = CARD.format(architecture=config.architecture)
         (partial / "README.md").write_text(card, encoding="utf-8")
     kind = str(folder.config["model_type"])
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    return Conversion(save, kind, parameters, writer.bytes, time.perf_counter() - start)
+    parameters = sum(map(math.prod, shapes.values()))
+    return Conversion(save, kind, parameters, size, time.perf_counter() - start)
 
 
 def convert_to_paper(
@@ -185,11 +181,8 @@ def convert_to_paper(
     config = read_config(folder)
     notes = _check_representable(config, str(load), accept_qk_norm_eps)
     folder = check_tensors(folder, config)
+    shapes = _their_shapes(config)
     names = {rename(name, config): name for name in model_shapes(config)}
-    tensors = {
-        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
-        for name, shape in _their_shapes(config).items()
-    }
     config.dtype = folder.find_dtype(EMBEDDING)
     content = build_paper_config(config)
     original = getattr(config, "paper_config", getattr(config, "reference_config", None))
@@ -198,14 +191,13 @@ def convert_to_paper(
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         # one file: their loader knows no index
-        writer = ShardWriter(tensors, partial, 1 << 60)
-        _copy_weights(writer, folder, names, tensors, partial)
+        size = _copy_weights(folder, names, shapes, partial, 1 << 60)
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         folder.copy_tokenizer(partial)
     kind = str(content["model_type"])
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parameters = sum(map(math.prod, shapes.values()))
     seconds = time.perf_counter() - start
-    return Conversion(save, kind, parameters, writer.bytes, seconds, tuple(notes))
+    return Conversion(save, kind, parameters, size, seconds, tuple(notes))
 
 
 def build_config(content: Mapping[str, Any], where: str) -> Any:
@@ -330,7 +322,9 @@ def _check_representable(config: Any, where: str, accept: bool) -> list[str]:
 def _same_model(one: Any, other: Any) -> bool:
     own = _paper(one.architecture).options
     fields = (*FIELDS, *own, "qk_norm_eps", "head_dim", "rope_parameters")
-    return type(one) is type(other) and all(getattr(one, field) == getattr(other, field) for field in fields)
+    return type(one) is type(other) and all(
+        getattr(one, field) == getattr(other, field) for field in fields
+    )
 
 
 def _derive_width(hidden_size: int, ratio: float | None) -> int:
@@ -355,15 +349,18 @@ def _their_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _copy_weights(
-    writer: ShardWriter,
     folder: HFFolder,
     names: Mapping[str, str],
-    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
     partial: Path,
-) -> None:
-    """Copies every tensor under its other name; only the axis of one number may come or go."""
+    shard_size: int,
+) -> int:
+    """Returns the bytes copied. Of a tensor's shape, only the axis of one number may change."""
+    tensors = {
+        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
+        for name, shape in shapes.items()
+    }
+    writer = ShardWriter(tensors, partial, shard_size)
     check_space(partial, writer.bytes)
-    writer.create()
-    for name, tensor in tensors.items():
-        writer.write(name, folder.read(names[name]).reshape(tensor.shape))
-    writer.finish()
+    writer.write_all((n, folder.read(names[n]).reshape(shape)) for n, shape in shapes.items())
+    return writer.bytes

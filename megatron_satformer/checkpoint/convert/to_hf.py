@@ -7,7 +7,7 @@ does not grow with the model; --verify alone loads it.
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def export_to_hf(
         writer = ShardWriter(plan.shapes, folder, shard_size)
         check_space(folder, writer.bytes)
         tokens = _write_config_and_tokenizer(plan, folder)
-        _write_weights(checkpoint, plan.config, DTYPES[plan.dtype], writer)
+        writer.write_all(_iterate_tensors(checkpoint, plan.config, DTYPES[plan.dtype]))
         verified = verify_folder(checkpoint, folder) if verify else None
         name = model_class_name(plan.config, plan.stock)
         facts = Facts(
@@ -189,10 +189,14 @@ def read_state_dict(
     Raises:
         ValueError: If a weight is too large for float16.
     """
-    state: dict[str, Tensor] = {}
+    return dict(_iterate_tensors(checkpoint, config, dtype))
+
+
+def _iterate_tensors(
+    checkpoint: MegatronCheckpoint, config: Any, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     for name in iterate_names(config):
-        state |= _read_converted(checkpoint, name, config, dtype)
-    return state
+        yield from _read_converted(checkpoint, name, config, dtype).items()
 
 
 def check_names(checkpoint: MegatronCheckpoint, config: Any) -> None:
@@ -302,19 +306,6 @@ def _read_converted(
                     "finite. Pass --dtype bf16 or fp32."
                 )
     return pieces
-
-
-def _write_weights(
-    checkpoint: MegatronCheckpoint,
-    config: Any,
-    dtype: torch.dtype,
-    writer: ShardWriter,
-) -> None:
-    writer.create()
-    for name in iterate_names(config):
-        for key, tensor in _read_converted(checkpoint, name, config, dtype).items():
-            writer.write(key, tensor)
-    writer.finish()
 
 
 def _write_config_and_tokenizer(plan: _Plan, folder: Path) -> Any:

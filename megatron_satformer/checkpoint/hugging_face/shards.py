@@ -6,7 +6,7 @@ files are byte for byte those that the package safetensors writes of the same te
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,14 @@ class ShardWriter:
         self._places: dict[str, _Place] = {}
         self.bytes: int = sum(tensor.nbytes for tensor in tensors.values())
 
-    def create(self) -> None:
+    def write_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Makes the files and writes every tensor, of the shape and dtype announced, once."""
+        self._create()
+        for key, tensor in tensors:
+            self._write(key, tensor)
+        self._finish()
+
+    def _create(self) -> None:
         """Makes the files at their full size, with headers and without content."""
         for name, keys in self._split.filename_to_tensors.items():
             # as safetensors does: widest numbers first, so that all are aligned
@@ -93,15 +100,14 @@ class ShardWriter:
                     file, offset, self._tensors[key].dtype, self._tensors[key].shape
                 )
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Writes one tensor; shape and dtype must be those announced, and no key comes twice."""
+    def _write(self, key: str, tensor: Tensor) -> None:
         place = self._places.pop(key)
         assert (tensor.shape, tensor.dtype) == (place.shape, place.dtype), key
         with place.file.open("r+b") as stream:
             stream.seek(place.offset)
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Writes the index where there are several files."""
         assert not self._places, f"never written: {', '.join(self._places)}"
         if not self._split.is_sharded:
