@@ -27,6 +27,7 @@ from transformers import (
 
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
+from megatron_satformer.model.architectures import PLAIN, TABLE
 
 MEMORY_RUNS = 3
 
@@ -43,7 +44,7 @@ class HFBenchmarkOptions:
         rounds: Prompts of each model in each process.
     """
 
-    architectures: tuple[str, ...] = ("resformer", "satformer")
+    architectures: tuple[str, ...] = tuple(name for name in TABLE if name != PLAIN)
     hidden_size: int = 768
     num_layers: int = 11
     num_attention_heads: int = 12

@@ -18,7 +18,8 @@ import torch
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
-from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.config import DecoderOptions
+from megatron_satformer.model.architectures import PLAIN, find_architecture
 
 MEMORY_STEPS = 3
 
@@ -27,7 +28,7 @@ MEMORY_STEPS = 3
 class BenchmarkOptions:
     """What is measured; sizes as Megatron's flags of the same names."""
 
-    architectures: tuple[str, str] = ("transformer", "satformer")
+    architectures: tuple[str, str] = (PLAIN, DecoderOptions.architecture)
     hidden_size: int = 256
     num_layers: int = 8
     num_attention_heads: int = 4

@@ -1,4 +1,4 @@
-"""What crosses a stage boundary: the published formula, and not one message more than Megatron's.
+"""What crosses a stage boundary: the formula of the carry, and no message more than Megatron's.
 
 Every case runs pretrain_satformer.main() for two training steps and two evaluations and counts,
 on every rank, each message with its direction, peer, shape and bytes (see payload.py).
@@ -7,9 +7,13 @@ on every rank, each message with its direction, peer, shape and bytes (see paylo
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 
+from megatron_satformer.model.architectures import TABLE, find_architecture
+from tests.models import build_config
+from tests.parallel.layouts import CARRYING, GATED, MIXING
 from tests.small import PP2, SHAPE, SP, TP2
 
 HIDDEN, SEQUENCE, BATCH, MICRO_BATCHES = 64, 64, 2, 4  # as SHAPE has them
@@ -29,11 +33,18 @@ class Layout:
     sp: bool = False
     virtual: int = 1
     layers: int = 4
-    hidden_alone: tuple[int, ...] = ()  # boundaries that no V1 has to cross
+    chunks: tuple[int, ...] = ()  # layers of each, where they differ
 
     @property
     def ranks(self) -> int:
         return self.tp * self.pp
+
+    @property
+    def layers_before(self) -> list[int]:
+        """Of every boundary."""
+        chunks = self.pp * self.virtual
+        counts = self.chunks or (self.layers // chunks,) * chunks
+        return [*accumulate(counts)][:-1]
 
 
 LAYOUTS = {
@@ -62,33 +73,30 @@ LAYOUTS = {
         sp=True,
         virtual=2,
     ),
-    # Chunks without layers: before layer 1 there is no V1 and behind the last nobody reads it.
+    # Chunks without layers: nothing is carried before layer 1 and behind the last.
     "PP4, E|tt|tt|L": Layout(
         "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout E|tt|tt|L",
         pp=4,
-        hidden_alone=(0, 2),
+        chunks=(0, 2, 2, 0),
     ),
     "PP4, Et|tt|t|L": Layout(
         "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|tt|t|L",
         pp=4,
-        hidden_alone=(2,),
+        chunks=(1, 2, 1, 0),
     ),
-    # The interleaved schedule has one width for every boundary.
     "PP2 x 2, E|tt|tt|L": Layout(
-        f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", pp=2, virtual=2
+        f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", pp=2, virtual=2, chunks=(0, 2, 2, 0)
     ),
 }
-MODELS = {
-    "transformer": ("transformer", HEADS, ""),
-    "satformer, MHA": ("satformer", HEADS, ""),
-    "satformer, GQA": ("satformer", HEADS // 4, GQA),
-    "satformer, last layer mixes": ("satformer", HEADS, "--value-residual-last-k 1"),
-    "resformer": ("resformer", HEADS, ""),
+MODELS = {name: (name, HEADS, "") for name in TABLE}
+MODELS |= {f"{name}, GQA": (name, HEADS // 4, GQA) for name in CARRYING}
+MODELS |= {
+    f"{name}, last layer mixes": (name, HEADS, "--value-residual-last-k 1") for name in MIXING
 }
 FAST = [
-    *(("PP2", model) for model in MODELS if "last" not in model),
-    ("PP2 x 2 virtual", "satformer, GQA"),
-    ("TP2 x PP2 + SP", "satformer, GQA"),
+    *(("PP2", name) for name in TABLE),
+    *(("PP2 x 2 virtual", f"{name}, GQA") for name in CARRYING),
+    *(("TP2 x PP2 + SP", f"{name}, GQA") for name in GATED),
 ]
 
 
@@ -135,11 +143,16 @@ def plain(recorded):
 
 
 def boundary_width(layout: Layout, architecture: str, groups: int, boundary: int) -> int:
-    """The table of docs/design.md, written out once more."""
-    if architecture == "transformer" or boundary in layout.hidden_alone:
+    """The formula of docs/design.md, written out once more; what is carried is the record's."""
+    before = layout.layers_before[boundary]
+    if before in (0, layout.layers):
         return HIDDEN
+    config = build_config(
+        architecture, num_layers=layout.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
+    )
+    streams, heads = find_architecture(architecture).carry(config, before)
     kv = groups * HEAD_DIM
-    return HIDDEN + (kv if layout.sp else kv // layout.tp)
+    return HIDDEN * (1 + streams) + heads * (kv if layout.sp else kv // layout.tp)
 
 
 def messages_of_one_micro_batch(
@@ -176,7 +189,7 @@ def check_messages(record: Record, layout: Layout, architecture: str, groups: in
                 (d, way, peer, tuple(shape), n) for d, way, peer, shape, n in schedule["messages"]
             )
             assert got == Counter({message: MICRO_BATCHES * n for message, n in one.items()})
-            # Below the communicator nothing else was sent: no shapes, no second message for V1.
+            # Below the communicator nothing else was sent: no shapes, no second message.
             for way in ("sent", "received"):
                 sizes = [n for _, w, _, _, n in schedule["messages"] if w == way]
                 assert schedule[way] == {"messages": len(sizes), "bytes": sum(sizes)}
@@ -254,22 +267,36 @@ def test_softmax_gates_cost_one_gather_and_one_scatter(recorded, gate):
 
 
 def check_report(record: Record, layout: Layout, architecture: str, groups: int) -> None:
-    """What rank 0 prints at start is the widest boundary of these."""
+    """What rank 0 prints at start gives every boundary its width."""
     boundaries = range(layout.pp * layout.virtual - 1)
-    width = max(boundary_width(layout, architecture, groups, b) for b in boundaries)
-    size = SEQUENCE * BATCH * width * 4 // (layout.tp if layout.sp else 1)
+    widths = [boundary_width(layout, architecture, groups, b) for b in boundaries]
+    size = SEQUENCE * BATCH * max(widths) * 4 // (layout.tp if layout.sp else 1)
+    each = ", ".join(f"{width} ({width / HIDDEN:.2f}x)" for width in widths)
     assert (
-        f"v1 payload: {width} elements per row instead of {HIDDEN} ({width / HIDDEN:.2f}x), "
-        f"{size / 2**20:.2f} MiB per boundary, micro-batch and rank, each way"
+        f"payload: {each} elements per row at {len(widths)} boundaries, where hidden states alone "
+        f"take {HIDDEN}; at most {size / 2**20:.2f} MiB per micro-batch and rank, each way"
     ) in record.output
 
 
-def check_collectives(record: Record, reference: Record, layout: Layout, architecture: str) -> None:
-    """As plain Megatron's, in the schedule and in the whole step; ResFormer sums its lambdas.
+def lambdas(layout: Layout, rank: int) -> Counter:
+    """ResFormer's, of a step: its lambdas are summed.
 
     lambda_logits (one per mixing layer) and lambda_scale: one all-reduce over stages. Under tensor
     parallelism those of all chunks and every lambda2: one more over the heads' ranks.
     """
+    wanted = Counter({f"c10d.allreduce_ over {layout.pp} ranks x {layout.layers}": 1})
+    if layout.tp > 1:
+        elements = lambdas_on_rank(layout, rank)
+        wanted[f"c10d.allreduce_ over {layout.tp} ranks x {elements}"] += 1
+    return wanted
+
+
+# Of a step, beside plain Megatron's.
+MORE_COLLECTIVES = {"resformer": lambdas}
+
+
+def check_collectives(record: Record, reference: Record, layout: Layout, architecture: str) -> None:
+    """As plain Megatron's, in the schedule and in the whole step, but for sums of coefficients."""
     for rank in range(layout.ranks):
         mine, theirs = record.ranks[rank], reference.ranks[rank]
         for kind in ("schedules", "steps"):
@@ -278,11 +305,8 @@ def check_collectives(record: Record, reference: Record, layout: Layout, archite
                 lacking = Counter(plain["collectives"]) - Counter(own["collectives"])
                 assert not lacking
                 wanted: Counter = Counter()
-                if architecture == "resformer" and not own.get("forward_only"):
-                    wanted[f"c10d.allreduce_ over {layout.pp} ranks x {layout.layers}"] += 1
-                    if layout.tp > 1:
-                        elements = lambdas_on_rank(layout, rank)
-                        wanted[f"c10d.allreduce_ over {layout.tp} ranks x {elements}"] += 1
+                if architecture in MORE_COLLECTIVES and not own.get("forward_only"):
+                    wanted = MORE_COLLECTIVES[architecture](layout, rank)
                 assert extra == wanted
 
 
