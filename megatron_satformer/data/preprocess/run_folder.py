@@ -12,20 +12,19 @@ that a kill between two renames is continued too.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_satformer.data.preprocess.encoding import KeyTokens
-from megatron_satformer.files.atomic import write_atomically
+from megatron_satformer.files.atomic import sync, write_atomically
+from megatron_satformer.files.locks import open_locked
 
 BLOCK = 1 << 20
 LENGTH = np.dtype("<i4")
@@ -132,24 +131,13 @@ class RunFolder:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.path = Path(f"{os.fspath(prefix)}.partial")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         busy = f"output_prefix ({prefix}) is being written by another process"
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ValueError(f"{busy}. Wait for it, or choose another output.") from None
-        except OSError:
-            # Some network file systems have no locks: go on without.
-            pass
-        try:
-            current = os.path.samestat(os.fstat(self._lock), os.stat(self.path / "lock"))
-        except FileNotFoundError:
-            current = False
-        if not current:
-            # Between our open and our lock it was finished and removed.
-            os.close(self._lock)
-            raise ValueError(f"{busy}, which has just finished. Look at its output.")
+        self._lock = open_locked(
+            self.path / "lock",
+            os.O_RDWR | os.O_CREAT,
+            busy=f"{busy}. Wait for it, or choose another output.",
+            gone=f"{busy}, which has just finished. Look at its output.",
+        )
         self._state, self._journal_path = self.path / "run.json", self.path / "chunks.jsonl"
         self._rejects_path = self.path / "rejects.jsonl"
         self._open: list[IO[bytes]] = []
@@ -228,8 +216,7 @@ class RunFolder:
             finals: Name in this folder to final path; `.bin` before `.idx`, the manifest last.
         """
         for name in finals:
-            with (self.path / name).open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self.path / name)
         self.write_state({**state, "publishing": finals})
         self.finish_publishing(finals)
 
@@ -242,11 +229,7 @@ class RunFolder:
         for name, final in finals.items():
             if (self.path / name).exists():
                 os.replace(self.path / name, final)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
         self.remove()
 
     def is_empty(self) -> bool:
@@ -275,12 +258,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close_files()
         os.close(self._lock)
 
