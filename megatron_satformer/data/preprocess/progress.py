@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from types import TracebackType
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -121,13 +120,8 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is not None:
             self.log("stopped", error=str(error))
         if self._bar is not None:
             self._bar.set_postfix_str(self._rates())
