@@ -15,7 +15,6 @@ MAY_IMPORT = {
     "arguments": {"config"},
     "refusals": {"arguments", "config"},
     "cli": set(),
-    "errors": set(),
     "files": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
