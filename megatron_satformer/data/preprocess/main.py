@@ -12,7 +12,6 @@ from megatron_satformer.data.datasets.indexed import check_output_free
 from megatron_satformer.data.preprocess.encoding import ChunkEncoder
 from megatron_satformer.data.preprocess.options import PreprocessOptions, PreprocessSummary
 from megatron_satformer.data.preprocess.run_folder import RunFolder
-from megatron_satformer.data.preprocess.run_identity import describe_run
 from megatron_satformer.data.preprocess.tokenize_run import TokenizeRun
 from megatron_satformer.data.reading.inputs import find_inputs
 
@@ -37,7 +36,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
                 for prefix in options.prefixes:
                     check_output_free(prefix, options.overwrite)
             encoder = ChunkEncoder(options)
-            folder.take_up(describe_run(options, sources))
+            folder.take_up(sources)
             if "publishing" in folder.state:
                 # Killed between two renames.
                 folder.finish_publishing()

@@ -30,8 +30,8 @@ class PreprocessOptions:
         document_separator: What stands between two documents of plain text; "" for none.
         keep_empty: Whether documents without a token stay as boundaries, as in Megatron-LM.
         on_error: "stop" at the first bad document, or "skip" and write it to the rejects file.
-        tokenizer_backend: "auto" (fast where it is exact), "reference" or "fast".
-        verify_fraction: Share of the documents that the reference encodes beside the fast one.
+        tokenizer_backend: "auto" (fast where it is exact), "reference" (the exact one) or "fast".
+        verify_fraction: Share of the documents that the exact tokenizer encodes too.
         workers: Number of processes; None is the number of cores this process may use.
         log_interval: Documents between two progress reports.
         json_log: File for progress reports as JSON lines, or None.
@@ -107,7 +107,7 @@ class PreprocessSummary:
         dtype: Of the tokens.
         backend: "fast" or "reference".
         verified_documents: Documents that both tokenizers encoded.
-        routed_documents: Documents that the fast tokenizer left to the reference.
+        routed_documents: Documents that the fast tokenizer left to the exact one.
         seconds: From the first check of this run to the last file.
     """
 

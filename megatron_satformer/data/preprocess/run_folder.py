@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from megatron_satformer.data.preprocess.encoding import Encoded, KeyTokens
 from megatron_satformer.data.preprocess.options import PreprocessOptions
-from megatron_satformer.data.preprocess.run_identity import check_same_run
+from megatron_satformer.data.preprocess.run_identity import check_same_run, describe_run
 from megatron_satformer.data.reading.chunks import Chunk
+from megatron_satformer.data.reading.inputs import Source
 from megatron_satformer.files.atomic import sync, write_atomically
 from megatron_satformer.files.locks import open_locked
 
@@ -160,12 +161,13 @@ class RunFolder:
         self.spools: list[Spool] = []
         self._count_nothing()
 
-    def take_up(self, asked: dict[str, Any]) -> None:
+    def take_up(self, sources: Sequence[Source]) -> None:
         """Continues the unfinished run if it was asked the same, or begins a new one.
 
         Raises:
             ValueError: If it was asked something else and may not be overwritten.
         """
+        asked = describe_run(self.options, sources)
         if self.state and not self.options.reads_stdin:
             try:
                 check_same_run(self.state["asked"], asked, self.path)
