@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,6 +66,17 @@ def test_documents_end_with_eod_unless_they_are_empty(spm: TokenizerOptions) -> 
         assert part.empty == 2
         assert list(part.lengths > 0) == ([True, False, True, False] if keep else [True, True])
         assert part.ids.dtype == np.uint16
+
+
+def test_an_encoder_travels_without_its_tokenizers(spm: TokenizerOptions) -> None:
+    chunk = rows("a", "", "b c")
+    here = build(spm, append_eod=True)
+    (part,) = here.encode(chunk).keys
+    there = pickle.loads(pickle.dumps(here))
+    assert not {"exact", "fast", "read"} & vars(there).keys()
+    (same,) = there.encode(chunk).keys
+    assert same.ids.tolist() == part.ids.tolist()
+    assert same.lengths.tolist() == part.lengths.tolist()
 
 
 def test_routed_documents_stand_where_they_belong() -> None:
