@@ -60,6 +60,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
+from megatron_satformer.cli import only_rank_0_speaks, usage_errors
 from megatron_satformer.data.training.index_cache import (
     find_index_sets,
     muted_logging,
@@ -72,7 +73,6 @@ from megatron_satformer.data.training.preflight import (
     describe_data,
 )
 from megatron_satformer.data.training.samples import planned_samples
-from megatron_satformer.errors import only_rank_0_speaks, usage_errors
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
 from megatron_satformer.parallel.carry import check_ranks_hold_something

@@ -1,14 +1,25 @@
-"""How a command-line tool reports a user's mistake: one line on stderr, exit code 2."""
+"""A user's mistake: one clear line on stderr, once, exit code 2, whatever was started.
+
+`run_tool` is for tools, `usage_errors` for the part of a launch on many ranks that reads arguments.
+Both know a mistake by USER_ERRORS and leave by `_refuse`.
+"""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+# The first two carry a message written for the user; OSError is the machine's word (disk full,
+# permission). Anything else is our bug and keeps its traceback.
+USER_ERRORS = (ValueError, NotImplementedError, OSError)
+_SPEAKER_HEAD_START = 20  # seconds
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -33,29 +44,78 @@ class ToolParser(argparse.ArgumentParser):
         sys.exit(EXIT_USER_ERROR)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns the errors of argument handling into one line and exit code 2, on every rank.
+
+    AssertionError is one of them here, because that is what Megatron's own validation raises.
+    """
+    try:
+        yield
+    except (*USER_ERRORS, AssertionError) as error:
+        _refuse(error)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_USER_ERROR:  # argparse has printed its line
+            _let_rank_0_speak()
+        raise
+
+
+@contextlib.contextmanager
+def only_rank_0_speaks() -> Iterator[None]:
+    """Mutes stderr on the other ranks; around argparse alone, which prints before it leaves."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere if _rank() else sys.stderr),
+    ):
+        yield
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a tool's `main` and turns what a user can put right into one line.
+    """Runs a tool's `main`; what that returns is the exit code.
 
-    ValueError and NotImplementedError carry a message written for the user; OSError is the
-    machine's word (disk full, permission). Anything else is our bug and keeps its traceback.
-    SIGTERM unwinds like ctrl-C, so that temporary files go. What `main` returns is the exit code.
+    SIGTERM unwinds like ctrl-C, so that temporary files go.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
         sys.stdout.flush()
-    except (ValueError, NotImplementedError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of our output went away (`tool | head`): nothing is left to say.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:
+        # The reader of our output went away (`tool | head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except USER_ERRORS as error:
+        _refuse(error)
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    if _rank():
+        _let_rank_0_speak()
+    else:
+        told = " ".join(str(error).split()) or _failed_line(error)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _failed_line(error: Exception) -> str:
+    """What to tell of an assertion without a message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file = os.path.basename(place.filename)
+    return f"the options do not go together: `{place.line}` ({file}, line {place.lineno})"
+
+
+def _let_rank_0_speak() -> None:
+    if _rank():
+        # torchrun ends every rank as soon as one has failed.
+        time.sleep(_SPEAKER_HEAD_START)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from megatron_satformer.cli import ToolParser
+from megatron_satformer.cli import ToolParser, usage_errors
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
@@ -49,3 +49,23 @@ def test_a_flag_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert stderr.startswith("error: ")
         assert stderr.endswith("See tool --help.\n")
         assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("x (1) must be 2.\n   Use 2."), "error: x (1) must be 2. Use 2.\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: "),
+        (AssertionError("Megatron's word"), "error: Megatron's word\n"),
+        (AssertionError(), "error: the options do not go together: `raise error` (test_cli.py, "),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, usage_errors():
+        raise error
+    stderr = capsys.readouterr().err
+    assert end.value.code == 2
+    assert stderr.startswith(line)
+    assert stderr.count("\n") == 1

@@ -16,7 +16,6 @@ MAY_IMPORT = {
     "arguments": {"config", "model"},
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
-    "errors": set(),
     "files": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},

@@ -149,12 +149,12 @@ def leaves_with_nothing_built(argv):
     from megatron.core import parallel_state
 
     import pretrain_satformer
-    from megatron_satformer import errors
+    from megatron_satformer import cli
 
-    errors._SPEAKER_HEAD_START = 0  # nobody here ends the others when one has left
+    cli._SPEAKER_HEAD_START = 0  # nobody here ends the others when one has left
     sys.argv = ["pretrain_satformer.py", *argv]
     with pytest.raises(SystemExit) as leaving:
         pretrain_satformer.main()
-    assert leaving.value.code == errors.EXIT_CODE
+    assert leaving.value.code == cli.EXIT_USER_ERROR
     assert not torch.distributed.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()

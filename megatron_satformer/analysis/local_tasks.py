@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_satformer.data.reading.chunks import read_documents
+from megatron_satformer.data.reading.documents import read_documents
 from megatron_satformer.data.reading.inputs import find_inputs
 from megatron_satformer.data.training.blend import parse_split, split_documents
 from megatron_satformer.files.output_folder import check_target, written_atomically

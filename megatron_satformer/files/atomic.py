@@ -7,11 +7,11 @@ simply taken over.
 """
 
 import contextlib
-import fcntl
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import IO
+
+from megatron_satformer.files.locks import open_locked
 
 
 class AtomicFile:
@@ -29,31 +29,15 @@ class AtomicFile:
         self.partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._done = False
-        self.file: IO[bytes] = self._open()
-
-    def _open(self) -> IO[bytes]:
-        descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(
-                f"{self.path} is being written by another process ({self.partial} is locked). "
-                "Wait for it, or choose another output."
-            ) from None
-        except OSError:
-            # Some network file systems have no locks: go on without.
-            pass
-        try:
-            still_there = os.path.samestat(os.fstat(descriptor), os.stat(self.partial))
-        except FileNotFoundError:
-            still_there = False
-        if not still_there:
-            # Between our open and our lock its writer published or removed it.
-            os.close(descriptor)
-            raise ValueError(f"{self.path} was finished by another process just now. Look at it.")
+        descriptor = open_locked(
+            self.partial,
+            os.O_RDWR | os.O_CREAT,
+            busy=f"{path} is being written by another process ({self.partial} is locked). "
+            "Wait for it, or choose another output.",
+            gone=f"{path} was finished by another process just now. Look at it.",
+        )
         os.ftruncate(descriptor, 0)
-        return os.fdopen(descriptor, "wb")
+        self.file: IO[bytes] = os.fdopen(descriptor, "wb")
 
     def seal(self) -> None:
         """Brings every byte to disk, still under the partial name."""
@@ -65,11 +49,7 @@ class AtomicFile:
         os.replace(self.partial, self.path)
         self._done = True
         self.file.close()
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
 
     def discard(self) -> None:
         """Removes the partial file. Does nothing after `publish`."""
@@ -83,12 +63,7 @@ class AtomicFile:
     def __enter__(self) -> "AtomicFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and not self._done:
             self.seal()
             self.publish()
@@ -100,3 +75,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path`, whole or not at all."""
     with AtomicFile(path) as output:
         output.file.write(content)
+
+
+def sync(path: Path) -> None:
+    """Brings a closed file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

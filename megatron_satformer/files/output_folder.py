@@ -4,11 +4,13 @@ Must not know: what is written into them.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_satformer.files.atomic import sync
+from megatron_satformer.files.locks import open_locked
 
 
 def check_target(save: Path, marker: str, overwrite: bool) -> None:
@@ -74,7 +76,9 @@ def written_atomically(target: Path) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         replaces = target.exists()
         yield partial
-        _sync(partial)
+        # Every file: a rename may outlive a power cut that its content does not.
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
         _publish(partial, target, old if replaces else None)
     except BaseException:
         if old.exists() and not target.exists():
@@ -87,37 +91,15 @@ def written_atomically(target: Path) -> Iterator[Path]:
 
 def _make_and_lock(partial: Path, target: Path) -> int:
     """Returns a descriptor of the folder; closing it, or the end of the process, unlocks."""
+    busy = f"save ({target}) is being written by another process. Wait, or end it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_locked(partial, os.O_RDONLY | os.O_DIRECTORY, busy)
     except OSError as error:
         raise ValueError(
             f"save ({target}) cannot be made: {error.strerror}, {error.filename}. Choose a place "
             "where folders may be made."
         ) from None
-    busy = ValueError(f"save ({target}) is being written by another process. Wait, or end it.")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise busy from None
-    except OSError:
-        pass  # some network file systems have no locks: go on without
-    # between our open and our lock its writer may have published or removed it
-    if not (partial.is_dir() and os.path.samestat(os.fstat(lock), partial.stat())):
-        os.close(lock)
-        raise busy
-    return lock
-
-
-def _sync(folder: Path) -> None:
-    """Brings every file to disk: a rename may outlive a power cut that its content does not."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _publish(partial: Path, target: Path, old: Path | None) -> None:

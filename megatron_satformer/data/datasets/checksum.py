@@ -5,7 +5,6 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 # What is read in one go: fits the second level of a processor's cache.
 READ = 1 << 20
@@ -75,10 +74,5 @@ class FileHash:
     def __enter__(self) -> "FileHash":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -1,27 +1,30 @@
 """A chunk of documents to tokens: what a worker does.
 
-With a fast tokenizer, documents of a kind it is known to get wrong go to the reference tokenizer,
-and a random sample of the others is encoded by both. The ids must be equal.
+With a fast tokenizer, documents of a kind it is known to get wrong go to the exact one, and a
+random sample of the others is encoded by both. The ids must be equal.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_satformer.data.datasets.indexed import token_dtype
-from megatron_satformer.data.reading.chunks import Chunk, iterate_documents
-from megatron_satformer.data.reading.documents import Rejected, build_line_parser
+from megatron_satformer.data.preprocess.options import PreprocessOptions
+from megatron_satformer.data.reading.chunks import Chunk
+from megatron_satformer.data.reading.documents import EXCERPT, Reader, Rejected, build_reader
 from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
 from megatron_satformer.data.tokenizers.fast import FastTokenizer
-from megatron_satformer.data.tokenizers.hugging_face import BackendCopy
-from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from megatron_satformer.data.tokenizers.hugging_face import copy_backend
 
 # The index holds lengths in 32 bits.
 MOST_TOKENS = 2**31 - 1
-EXCERPT = 200
+# Attributes of ChunkEncoder.
+BUILT_ANEW = ("exact", "fast", "read")
 
 
 class BadDocumentError(ValueError):
@@ -33,38 +36,11 @@ class BadDocumentError(ValueError):
 
 
 class MismatchError(Exception):
-    """The fast tokenizer gave other ids than the reference: place in the chunk, and what it saw."""
+    """The fast tokenizer gave other ids than the exact one: place in the chunk, and what it saw."""
 
     def __init__(self, offset: int, excerpt: str) -> None:
         super().__init__(offset, excerpt)
         self.offset, self.excerpt = offset, excerpt
-
-
-@dataclass(frozen=True)
-class EncodingOptions:
-    """What a worker needs to know; small, and the same for all of a run.
-
-    Attributes:
-        tokenizer: The tokenizer flags.
-        keys: Keys of a document, in the order of the output.
-        vocab_size: Size of the vocabulary.
-        end: Id that ends every document that is not empty, or None.
-        keep_empty: Whether documents without a token stay, as boundaries.
-        skip_bad: Whether bad documents are reported in the result, rather than raised.
-        pipeline: What FastTokenizer is built from; None is the reference tokenizer alone.
-        verify_fraction: Share of the documents that both tokenizers encode.
-        copy: What the reference tokenizer is built from; None is the tokenizer flags.
-    """
-
-    tokenizer: TokenizerOptions
-    keys: tuple[str, ...]
-    vocab_size: int
-    end: int | None
-    keep_empty: bool = False
-    skip_bad: bool = False
-    pipeline: str | None = field(default=None, repr=False)
-    verify_fraction: float = 0.0
-    copy: BackendCopy | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class Encoded:
         keys: One for each key.
         rejected: The bad documents.
         verified: Documents (of one key) that both tokenizers encoded.
-        routed: Documents (of one key) that went to the reference by their kind.
+        routed: Documents (of one key) that went to the exact tokenizer by their kind.
     """
 
     documents: int
@@ -106,63 +82,81 @@ class Encoded:
 
 
 class ChunkEncoder:
-    """Tokenizes chunks; lives in each worker."""
+    """Tokenizes chunks. It travels to a worker without its tokenizers, which are built there anew.
 
-    def __init__(self, options: EncodingOptions, reference: Tokenizer | None = None) -> None:
+    Args:
+        options: Of the run.
+
+    Attributes:
+        vocab_size: Size of the vocabulary.
+        dtype: Of the tokens in the data set.
+        end: Id that ends every document that is not empty, or None.
+        pipeline: What FastTokenizer is built from; None is the exact tokenizer alone.
+
+    Raises:
+        ValueError: If the options make no tokenizer, or it has no end-of-sequence token to append.
+    """
+
+    def __init__(self, options: PreprocessOptions) -> None:
         self.options = options
-        self.dtype = token_dtype(options.vocab_size)
-        self.fast = None if options.pipeline is None else FastTokenizer(options.pipeline)
-        self._parse = build_line_parser(options.keys)
-        self._reference = reference
+        self.exact = build_tokenizer(options.tokenizer)
+        self.vocab_size = self.exact.vocab_size
+        self.dtype = token_dtype(self.vocab_size)
+        self.end = _end_of(self.exact, options) if options.append_eod else None
+        self.pipeline: str | None = None
+        self._copy = copy_backend(self.exact)
         self._verified = self._routed = 0
 
-    @property
-    def reference(self) -> Tokenizer:
-        """The reference tokenizer, built when it is first needed."""
-        if self._reference is None:
-            copy = self.options.copy
-            self._reference = copy.build() if copy else build_tokenizer(self.options.tokenizer)
-        return self._reference
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in BUILT_ANEW}
 
-    def encode(self, number: int, chunk: Chunk) -> Encoded:
-        """Returns the tokens of a chunk.
+    @cached_property
+    def exact(self) -> Tokenizer:
+        """The exact tokenizer, built when it is first needed."""
+        return self._copy.build() if self._copy else build_tokenizer(self.options.tokenizer)
 
-        Args:
-            number: Of the chunk; it seeds the choice of the documents to verify.
-            chunk: The chunk.
+    @cached_property
+    def fast(self) -> FastTokenizer:
+        """The fast tokenizer."""
+        assert self.pipeline is not None
+        return FastTokenizer(self.pipeline)
+
+    @cached_property
+    def read(self) -> Reader:
+        """Chunks to documents."""
+        return build_reader(self.options.json_keys)
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """Returns the tokens of a chunk, whose number seeds the choice of documents to verify.
 
         Raises:
             BadDocumentError: For the first bad document, unless bad ones are skipped.
             MismatchError: For a document whose ids differ.
         """
-        texts: list[list[str]] = [[] for _ in self.options.keys]
+        stops = self.options.on_error == "stop"
+        texts: list[list[str]] = [[] for _ in self.options.json_keys]
         bad: dict[int, Rejected] = {}
         places: list[int] = []
-        documents = text_bytes = 0
-        for offset, (content, error) in enumerate(
-            iterate_documents(chunk, self.options.keys, self._parse)
-        ):
-            documents += 1
-            if error is not None:
-                excerpt = content[:EXCERPT].decode("utf-8", "replace")  # type: ignore[union-attr]
-                bad[offset] = Rejected(offset, str(error), excerpt)
-                if not self.options.skip_bad:
+        for offset, found in enumerate(self.read(chunk)):
+            if isinstance(found, Rejected):
+                bad[offset] = found
+                if stops:
                     break
                 continue
             places.append(offset)
-            for target, text in zip(texts, content, strict=True):
-                target.append(text)  # type: ignore[arg-type]
+            for target, text in zip(texts, found, strict=True):
+                target.append(text)
+        documents = len(places) + len(bad)
         self._verified = self._routed = 0
-        random = np.random.default_rng(number)
+        random = np.random.default_rng(chunk.number)
         encoded = [self._encode_key(key_texts, places, bad, random) for key_texts in texts]
-        if bad and not self.options.skip_bad:
+        if bad and stops:
             first = bad[min(bad)]
             raise BadDocumentError(first.offset, first.reason)
         good = np.array([place not in bad for place in places], dtype=bool)
-        text_bytes = _text_bytes(chunk)
         return Encoded(
             documents,
-            text_bytes,
+            chunk.text_bytes,
             [self._finish(ids, lengths, good) for ids, lengths in encoded],
             [bad[offset] for offset in sorted(bad)],
             self._verified,
@@ -177,19 +171,19 @@ class ChunkEncoder:
         random: np.random.Generator,
     ) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
         """Ids and lengths of the texts of one key; adds to `bad` what cannot be encoded."""
-        if self.fast is None:
-            ids, lengths, failed = self._encode_by_reference(texts)
+        if self.pipeline is None:
+            ids, lengths, failed = self._encode_exactly(texts)
         else:
             ids, lengths, failed = self._encode_fast(texts, places, random)
         ends = np.cumsum(lengths)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.options.vocab_size):
-            for position in np.flatnonzero((ids < 0) | (ids >= self.options.vocab_size)):
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            for position in np.flatnonzero((ids < 0) | (ids >= self.vocab_size)):
                 failed.setdefault(
                     int(np.searchsorted(ends, position, side="right")),
-                    f"token id {ids[position]} must be in [0, {self.options.vocab_size}), the "
+                    f"token id {ids[position]} must be in [0, {self.vocab_size}), the "
                     "tokenizer's vocabulary",
                 )
-        most = MOST_TOKENS - (self.options.end is not None)
+        most = MOST_TOKENS - (self.end is not None)
         for document in np.flatnonzero(lengths > most).tolist():
             failed[document] = (
                 f"the document has {lengths[document]} tokens, more than a document of the "
@@ -200,18 +194,18 @@ class ChunkEncoder:
             bad.setdefault(offset, Rejected(offset, reason, texts[document][:EXCERPT]))
         return ids, lengths
 
-    def _encode_by_reference(
+    def _encode_exactly(
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray, npt.NDArray[np.int64], dict[int, str]]:
         failed: dict[int, str] = {}
         try:
-            documents = self.reference.encode_batch(texts)
+            documents = self.exact.encode_batch(texts)
         except ValueError:
             # One of them cannot be encoded: find out which.
             documents = []
             for index, text in enumerate(texts):
                 try:
-                    documents.append(self.reference.encode(text))
+                    documents.append(self.exact.encode(text))
                 except ValueError as error:
                     failed[index] = str(error)
                     documents.append([])
@@ -230,7 +224,6 @@ class ChunkEncoder:
     def _encode_fast(
         self, texts: list[str], places: list[int], random: np.random.Generator
     ) -> tuple[npt.NDArray, npt.NDArray[np.int64], dict[int, str]]:
-        assert self.fast is not None
         taken = np.fromiter(map(self.fast.takes, texts), dtype=bool, count=len(texts))
         chosen = texts if taken.all() else list(compress(texts, taken))
         try:
@@ -243,7 +236,7 @@ class ChunkEncoder:
         others = np.flatnonzero(~taken)
         if others.size:
             fast_ids, fast_lengths = ids, lengths
-            slow_ids, slow_lengths, slow_failed = self._encode_by_reference(
+            slow_ids, slow_lengths, slow_failed = self._encode_exactly(
                 [texts[index] for index in others]
             )
             lengths = np.empty(len(texts), dtype=np.int64)
@@ -268,7 +261,7 @@ class ChunkEncoder:
         lengths: npt.NDArray[np.int64],
     ) -> None:
         ends = np.cumsum(lengths)
-        expected, counts, _ = self._encode_by_reference([texts[index] for index in sample])
+        expected, counts, _ = self._encode_exactly([texts[index] for index in sample])
         starts = np.cumsum(counts) - counts
         for index, start, count in zip(sample, starts, counts, strict=True):
             got = ids[ends[index] - lengths[index] : ends[index]]
@@ -287,17 +280,23 @@ class ChunkEncoder:
             lengths, present = lengths[present], present[present]
         largest = int(ids.max()) if ids.size else -1
         ids = ids.astype(self.dtype)
-        if self.options.end is not None and ids.size:
-            ids = np.insert(ids, np.cumsum(lengths)[present], self.options.end)
+        if self.end is not None and ids.size:
+            ids = np.insert(ids, np.cumsum(lengths)[present], self.end)
             lengths = lengths + present
-            largest = max(largest, self.options.end)
+            largest = max(largest, self.end)
         return KeyTokens(ids, lengths.astype(np.int32), empty, largest)
 
 
-def _text_bytes(chunk: Chunk) -> int:
-    if chunk.kind == "range":
-        return chunk.end - chunk.begin
-    if chunk.kind == "rows":
-        return sum(len(text) for row in chunk.content for text in row if isinstance(text, str))
-    ends = len(chunk.content) if chunk.kind == "lines" else 0
-    return sum(map(len, chunk.content)) + ends
+def _end_of(tokenizer: Tokenizer, options: PreprocessOptions) -> int:
+    if tokenizer.eod is None:
+        raise ValueError(
+            "append_eod needs a tokenizer with an end-of-sequence token; "
+            f"{options.tokenizer.tokenizer_model} has none. Use one that has (for a "
+            "tokenizer.json: its whole folder), or leave the flag out."
+        )
+    if not 0 <= tokenizer.eod < tokenizer.vocab_size:
+        raise ValueError(
+            f"append_eod needs an end-of-sequence token inside the vocabulary; {tokenizer.eod} is "
+            f"not in [0, {tokenizer.vocab_size}). Use another tokenizer, or leave the flag out."
+        )
+    return tokenizer.eod

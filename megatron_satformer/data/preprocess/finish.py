@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,14 @@ from megatron_satformer.data.preprocess.run_folder import RunFolder, Spool
 REJECTS = ".rejects.jsonl"
 
 
-def publish_run(
-    folder: RunFolder,
-    prefix: str,
-    spools: Sequence[Spool],
-    state: dict[str, Any],
-    summary: dict[str, Any],
-) -> None:
-    """Completes the files of a run and gives them their final names.
+def publish_run(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Completes the files of a run, whose data sets are open, and gives them their final names.
 
     Args:
         folder: The run's.
-        prefix: Its output prefix.
-        spools: Its data sets, complete.
-        state: What it was asked to do.
         summary: Counts for the manifest.
     """
+    spools, prefix = folder.spools, os.fspath(folder.options.output_prefix)
     parent = Path(prefix).parent
     finals: dict[str, str] = {}
     datasets = {}
@@ -65,7 +56,7 @@ def publish_run(
         "format": FORMAT,
         "version": VERSION,
         "summary": summary,
-        "asked": state["asked"],
+        "asked": folder.state["asked"],
         "datasets": datasets,
     }
     write_manifest(folder.path / f"data{SUFFIX}", manifest)
@@ -73,7 +64,7 @@ def publish_run(
     for spool in spools:
         # Another manifest may describe what stood there before.
         forget_dataset(parent / spool.name)
-    folder.publish({**state, "summary": summary}, finals)
+    folder.publish(summary, finals)
     if not summary["rejected_documents"]:
         # Of a run that this one replaces.
         rejects.unlink(missing_ok=True)

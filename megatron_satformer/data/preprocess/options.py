@@ -3,9 +3,11 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_satformer.data.datasets.indexed import check_prefix
 from megatron_satformer.data.reading.chunks import CHUNK_BYTES
-from megatron_satformer.data.reading.inputs import Source
+from megatron_satformer.data.reading.inputs import STDIN
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 
 BACKENDS = ("auto", "reference", "fast")
@@ -16,6 +18,9 @@ ON_ERROR = ("stop", "skip")
 class PreprocessOptions:
     """What to tokenize and how; the field names are the flags of tools/preprocess_data.py.
 
+    One object for a run, its encoding and its tokenizer: it travels whole from the command line to
+    the workers.
+
     Attributes:
         input: Files, globs, folders, or `-` for standard input, in the order of the output.
         output_prefix: Each key's files are `<output_prefix>_<key>_document.bin` and `.idx`.
@@ -25,13 +30,16 @@ class PreprocessOptions:
         document_separator: What stands between two documents of plain text; "" for none.
         keep_empty: Whether documents without a token stay as boundaries, as in Megatron-LM.
         on_error: "stop" at the first bad document, or "skip" and write it to the rejects file.
-        tokenizer_backend: "auto" (fast where it is exact), "reference" or "fast".
-        verify_fraction: Share of the documents that the reference encodes beside the fast one.
+        tokenizer_backend: "auto" (fast where it is exact), "reference" (the exact one) or "fast".
+        verify_fraction: Share of the documents that the exact tokenizer encodes too.
         workers: Number of processes; None is the number of cores this process may use.
         log_interval: Documents between two progress reports.
         json_log: File for progress reports as JSON lines, or None.
         overwrite: Whether existing output may be replaced.
         chunk_bytes: Text in a unit of work.
+
+    Raises:
+        ValueError: If an option has a value it cannot have.
     """
 
     input: Sequence[str | os.PathLike[str]]
@@ -50,6 +58,39 @@ class PreprocessOptions:
     overwrite: bool = False
     chunk_bytes: int = CHUNK_BYTES
 
+    def __post_init__(self) -> None:
+        check_prefix("output_prefix", os.fspath(self.output_prefix))
+        keys = list(self.json_keys)
+        if not keys or len(set(keys)) != len(keys):
+            raise ValueError(f"json_keys ({' '.join(keys)}) must name each key once.")
+        if self.log_interval < 1:
+            raise ValueError(f"log_interval ({self.log_interval}) must be at least 1.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(
+                f"workers ({self.workers}) must be at least 1. Leave it out to use every core."
+            )
+        if not 0 <= self.verify_fraction <= 1:
+            raise ValueError(
+                f"verify_fraction ({self.verify_fraction}) must be from 0 to 1. 0.01 checks one "
+                "document in a hundred, 1 all of them."
+            )
+        for name, choices in (("tokenizer_backend", BACKENDS), ("on_error", ON_ERROR)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be one of {', '.join(choices)}."
+                )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Prefix of each key's data set."""
+        path = Path(self.output_prefix)
+        return tuple(f"{path}_{key}_document" for key in self.json_keys)
+
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether the input can be read only once."""
+        return any(os.fspath(value) == STDIN for value in self.input)
+
 
 @dataclass(frozen=True)
 class PreprocessSummary:
@@ -66,7 +107,7 @@ class PreprocessSummary:
         dtype: Of the tokens.
         backend: "fast" or "reference".
         verified_documents: Documents that both tokenizers encoded.
-        routed_documents: Documents that the fast tokenizer left to the reference.
+        routed_documents: Documents that the fast tokenizer left to the exact one.
         seconds: From the first check of this run to the last file.
     """
 
@@ -82,31 +123,3 @@ class PreprocessSummary:
     verified_documents: int
     routed_documents: int
     seconds: float
-
-
-def check_options(options: PreprocessOptions, sources: Sequence[Source]) -> None:
-    """Raises ValueError if an option has a value it cannot have."""
-    keys = list(options.json_keys)
-    if not keys or len(set(keys)) != len(keys):
-        raise ValueError(f"json_keys ({' '.join(keys)}) must name each key once.")
-    if len(keys) > 1 and any(source.format == "txt" for source in sources):
-        raise ValueError(
-            f"json_keys ({' '.join(keys)}) must be one with plain text, which has no keys. Give "
-            "one, to name the output."
-        )
-    if options.log_interval < 1:
-        raise ValueError(f"log_interval ({options.log_interval}) must be at least 1.")
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(
-            f"workers ({options.workers}) must be at least 1. Leave it out to use every core."
-        )
-    if not 0 <= options.verify_fraction <= 1:
-        raise ValueError(
-            f"verify_fraction ({options.verify_fraction}) must be from 0 to 1. 0.01 checks one "
-            "document in a hundred, 1 all of them."
-        )
-    for name, choices in (("tokenizer_backend", BACKENDS), ("on_error", ON_ERROR)):
-        if getattr(options, name) not in choices:
-            raise ValueError(
-                f"{name} ({getattr(options, name)}) must be one of {', '.join(choices)}."
-            )

@@ -1,13 +1,15 @@
 """Progress of tokenizing: a bar on a terminal, a line now and then in a log, JSON for machines."""
 
 import json
-import os
 import sys
 import time
-from types import TracebackType
 from typing import IO, Any
 
 from tqdm import tqdm
+
+from megatron_satformer.data.preprocess.encoding import Encoded
+from megatron_satformer.data.preprocess.options import PreprocessOptions
+from megatron_satformer.data.reading.chunks import Chunk
 
 # Seconds between two reports, however small the log interval: fast runs would write nothing else.
 INTERVAL = 1.0
@@ -17,25 +19,18 @@ class Progress:
     """Reports documents, MB/s, tokens/s and the time left on stderr.
 
     Args:
+        options: Of the run: how often to report (at least a second apart), and the JSON log.
         total_bytes: Size of the input on disk; 0 if unknown.
-        log_interval: Documents between two reports, which are at least a second apart.
-        json_log: File that gets every report as a line of JSON, appended; None for none.
         done_bytes: Bytes on disk that a run before this one has done.
     """
 
-    def __init__(
-        self,
-        total_bytes: int,
-        log_interval: int,
-        json_log: str | os.PathLike[str] | None = None,
-        done_bytes: int = 0,
-    ) -> None:
-        self.log_interval = log_interval
+    def __init__(self, options: PreprocessOptions, total_bytes: int, done_bytes: int) -> None:
+        self.log_interval, json_log = options.log_interval, options.json_log
         self.documents = self.bytes = self.tokens = self.file_bytes = 0
         self._left = total_bytes - done_bytes
         self._known = total_bytes > 0
         self._start = self._last = time.perf_counter()
-        self._next = log_interval
+        self._next = self.log_interval
         self._log: IO[str] | None = None
         if json_log is not None:
             try:
@@ -56,21 +51,14 @@ class Progress:
                 desc="tokenizing",
             )
 
-    def advance(self, documents: int, size: int, tokens: int, file_bytes: int) -> None:
-        """Counts finished work.
-
-        Args:
-            documents: Documents.
-            size: Their bytes, uncompressed.
-            tokens: Their tokens.
-            file_bytes: Bytes of the input files on disk that they took.
-        """
-        self.documents += documents
-        self.bytes += size
-        self.tokens += tokens
-        self.file_bytes += file_bytes
+    def advance(self, chunk: Chunk, encoded: Encoded) -> None:
+        """Counts a finished chunk."""
+        self.documents += encoded.documents
+        self.bytes += encoded.text_bytes
+        self.tokens += sum(part.ids.size for part in encoded.keys)
+        self.file_bytes += chunk.file_bytes
         if self._bar is not None:
-            self._bar.update(file_bytes)
+            self._bar.update(chunk.file_bytes)
         now = time.perf_counter()
         if self.documents >= self._next and now - self._last >= INTERVAL:
             self._last = now
@@ -121,13 +109,8 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is not None:
             self.log("stopped", error=str(error))
         if self._bar is not None:
             self._bar.set_postfix_str(self._rates())

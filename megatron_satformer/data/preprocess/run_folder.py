@@ -12,22 +12,27 @@ that a kill between two renames is continued too.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_satformer.data.preprocess.encoding import KeyTokens
-from megatron_satformer.files.atomic import write_atomically
+from megatron_satformer.data.preprocess.encoding import Encoded, KeyTokens
+from megatron_satformer.data.preprocess.options import PreprocessOptions
+from megatron_satformer.data.preprocess.run_identity import check_same_run, describe_run
+from megatron_satformer.data.reading.chunks import Chunk
+from megatron_satformer.data.reading.inputs import Source
+from megatron_satformer.files.atomic import sync, write_atomically
+from megatron_satformer.files.locks import open_locked
 
-BLOCK = 1 << 20
+# What a chunk's record counts, and a run adds up.
+COUNTS = ("documents", "bytes", "file_bytes", "rejected", "verified", "routed")
 LENGTH = np.dtype("<i4")
 
 
@@ -123,118 +128,151 @@ class RunFolder:
     """One run's folder, locked while open.
 
     Args:
-        prefix: Output prefix of the run.
+        options: Of the run.
+
+    Attributes:
+        state: What the run was asked and how far it is; empty if there is none.
+        spools: The data sets, while they are open.
+        chunks: Chunks whose tokens are written.
+        seen: Documents of each input that are in them.
+        totals: What their records count.
 
     Raises:
         ValueError: If another process works there now.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
-        self.path = Path(f"{os.fspath(prefix)}.partial")
+    def __init__(self, options: PreprocessOptions) -> None:
+        self.options = options
+        self.path = Path(f"{os.fspath(options.output_prefix)}.partial")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        busy = f"output_prefix ({prefix}) is being written by another process"
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ValueError(f"{busy}. Wait for it, or choose another output.") from None
-        except OSError:
-            # Some network file systems have no locks: go on without.
-            pass
-        try:
-            current = os.path.samestat(os.fstat(self._lock), os.stat(self.path / "lock"))
-        except FileNotFoundError:
-            current = False
-        if not current:
-            # Between our open and our lock it was finished and removed.
-            os.close(self._lock)
-            raise ValueError(f"{busy}, which has just finished. Look at its output.")
-        self._state, self._journal_path = self.path / "run.json", self.path / "chunks.jsonl"
+        busy = f"output_prefix ({options.output_prefix}) is being written by another process"
+        self._lock = open_locked(
+            self.path / "lock",
+            os.O_RDWR | os.O_CREAT,
+            busy=f"{busy}. Wait for it, or choose another output.",
+            gone=f"{busy}, which has just finished. Look at its output.",
+        )
+        self._state_path, self._journal_path = self.path / "run.json", self.path / "chunks.jsonl"
         self._rejects_path = self.path / "rejects.jsonl"
         self._open: list[IO[bytes]] = []
-        self._spools: list[Spool] = []
+        self.state: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.state = json.loads(self._state_path.read_text())
+        self.spools: list[Spool] = []
+        self._count_nothing()
 
-    def read_state(self) -> dict[str, Any] | None:
-        """Returns what an unfinished run wrote by `start`, or None if there is none."""
-        try:
-            state: dict[str, Any] = json.loads(self._state.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return state
+    def take_up(self, sources: Sequence[Source]) -> None:
+        """Continues the unfinished run if it was asked the same, or begins a new one.
 
-    def start(self, state: dict[str, Any]) -> None:
-        """Forgets all work and writes down what the new run is to do."""
+        Raises:
+            ValueError: If it was asked something else and may not be overwritten.
+        """
+        asked = describe_run(self.options, sources)
+        if self.state and not self.options.reads_stdin:
+            try:
+                check_same_run(self.state["asked"], asked, self.path)
+                self.state["asked"] = asked
+                return
+            except ValueError:
+                if not self.options.overwrite:
+                    raise
+        self.state = {"asked": asked}
+        self.start(self.options.tokenizer_backend)
+
+    def start(self, backend: str) -> None:
+        """Forgets all work, and writes down by which tokenizer the run begins again."""
         self.close_files()
         for path in self.path.iterdir():
             if path.name not in ("lock", "run.json"):
                 path.unlink()
-        self.write_state(state)
+        self.write_state(backend=backend)
 
-    def write_state(self, state: dict[str, Any]) -> None:
+    def write_state(self, **changes: Any) -> None:
         """Writes down what the run is to do, atomically."""
-        write_atomically(self._state, json.dumps(state).encode())
+        self.state |= changes
+        write_atomically(self._state_path, json.dumps(self.state).encode())
 
-    def open_files(
-        self, names: Sequence[str], dtype: np.dtype[np.integer]
-    ) -> tuple[list[Spool], list[dict[str, Any]]]:
-        """Opens the data sets, cut to what the journal vouches for, and returns its records too."""
-        self._spools = [Spool(self.path, name, dtype) for name in names]
+    def open_files(self, dtype: np.dtype[np.integer]) -> None:
+        """Opens the data sets, cut to what the journal vouches for, and counts that."""
+        self._count_nothing()
+        self.spools = [Spool(self.path, Path(name).name, dtype) for name in self.options.prefixes]
         journal, rejects = _open_to_extend(self._journal_path), _open_to_extend(self._rejects_path)
         self._open = [journal, rejects]
-        records: list[dict[str, Any]] = []
-        end = 0
+        end = rejects_end = 0
         for record, position in _journal_records(journal):
-            parts = zip(self._spools, record["keys"], strict=True)
+            parts = zip(self.spools, record["keys"], strict=True)
             if not all(spool.replay(part) for spool, part in parts):
                 # Its first data sets may have been counted: take up the chunks before it afresh.
-                return self._reopen_before(len(records), names, dtype)
-            records.append(record)
-            end = position
-        for spool in self._spools:
+                self.close_files()
+                lines = self._journal_path.read_bytes().splitlines(keepends=True)[: self.chunks]
+                write_atomically(self._journal_path, b"".join(lines))
+                self.open_files(dtype)
+                return
+            self._count(record)
+            end, rejects_end = position, record["rejects_end"]
+        for spool in self.spools:
             spool.cut()
-        journal.seek(end)
-        journal.truncate()
-        rejects.seek(records[-1]["rejects_end"] if records else 0)
-        rejects.truncate()
-        return self._spools, records
+        for file, size in ((journal, end), (rejects, rejects_end)):
+            file.seek(size)
+            file.truncate()
 
-    def _reopen_before(
-        self, count: int, names: Sequence[str], dtype: np.dtype[np.integer]
-    ) -> tuple[list[Spool], list[dict[str, Any]]]:
-        self.close_files()
-        lines = self._journal_path.read_bytes().splitlines(keepends=True)[:count]
-        write_atomically(self._journal_path, b"".join(lines))
-        return self.open_files(names, dtype)
+    def _count_nothing(self) -> None:
+        self.chunks = 0
+        self.seen: Counter[int] = Counter()
+        self.totals: Counter[str] = Counter()
 
-    def append(
-        self, record: dict[str, Any], parts: Sequence[KeyTokens], rejects: Sequence[dict[str, Any]]
-    ) -> None:
-        """Writes the tokens of a chunk, then the record that vouches for them."""
-        keys = [spool.append(part) for spool, part in zip(self._spools, parts, strict=True)]
-        journal, rejects_file = self._open
-        for reject in rejects:
-            rejects_file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
-        rejects_file.flush()
-        record = {**record, "keys": keys, "rejects_end": rejects_file.tell()}
+    def _count(self, record: dict[str, Any]) -> None:
+        self.chunks += 1
+        self.seen[record["source"]] += record["documents"]
+        self.totals.update({name: record[name] for name in COUNTS})
+
+    def number_of(self, chunk: Chunk, offset: int = 0) -> int:
+        """Returns which document of its input, from 1, stands at a place of the next chunk."""
+        return self.seen[chunk.index] + offset + 1
+
+    def append(self, chunk: Chunk, encoded: Encoded) -> None:
+        """Writes the tokens of a chunk and its bad documents, then the record that vouches."""
+        keys = [spool.append(part) for spool, part in zip(self.spools, encoded.keys, strict=True)]
+        journal, rejects = self._open
+        for bad in encoded.rejected:
+            reject = {
+                "file": chunk.source.path,
+                chunk.source.unit: self.number_of(chunk, bad.offset),
+                "reason": bad.reason,
+                "begins": bad.excerpt,
+            }
+            rejects.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
+        rejects.flush()
+        record = {
+            "source": chunk.index,
+            "documents": encoded.documents,
+            "bytes": encoded.text_bytes,
+            "file_bytes": chunk.file_bytes,
+            "rejected": len(encoded.rejected),
+            "verified": encoded.verified,
+            "routed": encoded.routed,
+            "keys": keys,
+            "rejects_end": rejects.tell(),
+        }
         journal.write(json.dumps(record).encode() + b"\n")
         journal.flush()
+        self._count(record)
 
-    def publish(self, state: dict[str, Any], finals: dict[str, str]) -> None:
+    def publish(self, summary: dict[str, Any], finals: dict[str, str]) -> None:
         """Gives complete files their final names.
 
         Args:
-            state: What the run is to do.
+            summary: Counts of the run.
             finals: Name in this folder to final path; `.bin` before `.idx`, the manifest last.
         """
         for name in finals:
-            with (self.path / name).open("rb") as file:
-                os.fsync(file.fileno())
-        self.write_state({**state, "publishing": finals})
-        self.finish_publishing(finals)
+            sync(self.path / name)
+        self.write_state(summary=summary, publishing=finals)
+        self.finish_publishing()
 
-    def finish_publishing(self, finals: dict[str, str]) -> None:
+    def finish_publishing(self) -> None:
         """Does what is left of `publish`, however much was done, and removes the folder."""
+        finals: dict[str, str] = self.state["publishing"]
         for name, final in finals.items():
             # What stands there is from before: it must never stand beside new tokens.
             if not name.endswith(".bin") and (self.path / name).exists():
@@ -242,11 +280,7 @@ class RunFolder:
         for name, final in finals.items():
             if (self.path / name).exists():
                 os.replace(self.path / name, final)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
         self.remove()
 
     def is_empty(self) -> bool:
@@ -259,28 +293,23 @@ class RunFolder:
         """Removes the folder and all work in it."""
         self.close_files()
         # What says how to go on goes last.
-        for path in sorted(self.path.iterdir(), key=lambda path: path == self._state):
+        for path in sorted(self.path.iterdir(), key=lambda path: path == self._state_path):
             path.unlink(missing_ok=True)
         self.path.rmdir()
 
     def close_files(self) -> None:
         """Closes all files but the lock."""
-        for spool in self._spools:
+        for spool in self.spools:
             spool.close()
         for file in self._open:
             with contextlib.suppress(OSError):
                 file.close()
-        self._spools, self._open = [], []
+        self.spools, self._open = [], []
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close_files()
         os.close(self._lock)
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.reading.inputs import Source
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 
@@ -17,7 +18,27 @@ LIBRARIES = ("sentencepiece", "tokenizers", "transformers", "tiktoken", "fastoke
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def describe_tokenizer(options: TokenizerOptions) -> dict[str, Any]:
+# Options on which the output depends.
+ASKED = (
+    *("append_eod", "document_separator", "keep_empty", "on_error"),
+    *("tokenizer_backend", "verify_fraction", "chunk_bytes"),
+)
+
+
+def describe_run(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
+    """Returns path, bytes and time of change of every input, and the options that matter."""
+    return {
+        "inputs": [
+            {"path": os.path.abspath(s.path), "bytes": s.size, "mtime_ns": s.mtime_ns}
+            for s in sources
+        ],
+        "json_keys": list(options.json_keys),
+        **{name: getattr(options, name) for name in ASKED},
+        "tokenizer": _describe_tokenizer(options.tokenizer),
+    }
+
+
+def _describe_tokenizer(options: TokenizerOptions) -> dict[str, Any]:
     """Returns the tokenizer flags, sha256 of the files they name, and the packages' versions."""
     values = asdict(options)
     found = {name: value for name, value in values.items() if value not in (None, False, ())}
@@ -49,13 +70,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def describe_inputs(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Returns path, bytes and time of change of every input."""
-    return [
-        {"path": os.path.abspath(s.path), "bytes": s.size, "mtime_ns": s.mtime_ns} for s in sources
-    ]
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -2,98 +2,58 @@
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-from megatron_satformer.data.datasets.indexed import token_dtype
 from megatron_satformer.data.preprocess.encoding import (
     BadDocumentError,
-    Encoded,
-    EncodingOptions,
+    ChunkEncoder,
     MismatchError,
 )
 from megatron_satformer.data.preprocess.finish import publish_run
-from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.preprocess.pool import ChunkError, WorkerDiedError, encode_in_order
 from megatron_satformer.data.preprocess.progress import Progress
-from megatron_satformer.data.preprocess.run_folder import RunFolder, Spool
-from megatron_satformer.data.reading.chunks import Chunk, describe_bad, read_chunks
+from megatron_satformer.data.preprocess.run_folder import RunFolder
+from megatron_satformer.data.reading.chunks import Chunk, read_chunks
+from megatron_satformer.data.reading.documents import describe_bad
 from megatron_satformer.data.reading.inputs import STDIN, Source
-from megatron_satformer.data.tokenizers.exact import Tokenizer
 from megatron_satformer.data.tokenizers.fast import FastUnavailable, fast_pipeline
-from megatron_satformer.data.tokenizers.hugging_face import copy_backend
 
-# What a chunk's record counts, and a run adds up.
-COUNTS = ("documents", "bytes", "file_bytes", "rejected", "verified", "routed")
 KEPT = "Put that right; the work so far is kept, run the same command to continue"
 # Bytes of input below which the fast tokenizer takes longer to prepare than it saves.
 SMALL = 1 << 20
 
 
 class TokenizeRun:
-    """The work of one call of `preprocess`, on a folder that is locked and checked."""
+    """The work of one call of `preprocess`, in a folder that is locked and checked."""
 
-    def __init__(
-        self,
-        options: PreprocessOptions,
-        sources: Sequence[Source],
-        folder: RunFolder,
-        names: Sequence[str],
-        reference: Tokenizer,
-    ) -> None:
-        self.options, self.sources, self.folder, self.names = options, sources, folder, names
-        self.reference = reference
-        self.encoding = EncodingOptions(
-            options.tokenizer,
-            tuple(options.json_keys),
-            reference.vocab_size,
-            reference.eod if options.append_eod else None,
-            options.keep_empty,
-            options.on_error == "skip",
-            verify_fraction=options.verify_fraction,
-            copy=copy_backend(reference),
-        )
-        # Documents seen of each source: what a message counts from.
-        self.seen: Counter[int] = Counter()
-        self.totals: Counter[str] = Counter()
+    def __init__(self, folder: RunFolder, sources: Sequence[Source], encoder: ChunkEncoder) -> None:
+        self.options, self.folder = folder.options, folder
+        self.sources, self.encoder = sources, encoder
 
-    def tokenize(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    def tokenize(self) -> tuple[dict[str, Any], int]:
         """Does what is left to do; returns the summary and the bytes that were done before."""
-        state = {**state, "backend": self._choose_backend(state["backend"])}
-        self.folder.write_state(state)
+        self.folder.write_state(backend=self._choose_backend(self.folder.state["backend"]))
         while True:
             try:
-                spools, resumed = self._write_chunks()
+                resumed = self._write_chunks()
                 break
             except ChunkError as failed:
                 if not isinstance(failed.cause, MismatchError):
                     raise self._explain(failed) from failed.cause
                 self._report_mismatch(failed.chunk, failed.cause)
-            state = {**state, "backend": "reference"}
-            self.folder.start(state)
-            self.encoding = replace(self.encoding, pipeline=None)
+            self.encoder.pipeline = None
+            self.folder.start("reference")
         try:
-            self._check_complete(spools)
+            self._check_complete()
         except ValueError:
             # Nothing here is worth continuing.
             self.folder.remove()
             raise
-        summary = {
-            "documents": sum(spool.documents for spool in spools),
-            "empty_documents": sum(spool.empty for spool in spools),
-            "rejected_documents": self.totals["rejected"],
-            "tokens": sum(spool.tokens for spool in spools),
-            "text_bytes": self.totals["bytes"],
-            "dtype": spools[0].dtype.name,
-            "backend": state["backend"],
-            "verified_documents": self.totals["verified"],
-            "routed_documents": self.totals["routed"],
-        }
-        prefix = os.fspath(self.options.output_prefix)
+        summary = self._summarize()
         try:
-            publish_run(self.folder, prefix, spools, state, summary)
+            publish_run(self.folder, summary)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{self.folder.path}: {reason}. {KEPT}.") from None
@@ -104,7 +64,7 @@ class TokenizeRun:
         if choice == "reference" or (choice == "auto" and 0 < self._input_bytes() < SMALL):
             return "reference"
         try:
-            pipeline = fast_pipeline(self.options.tokenizer, self.reference)
+            self.encoder.pipeline = fast_pipeline(self.options.tokenizer, self.encoder.exact)
         except FastUnavailable as reason:
             if self.options.tokenizer_backend == "fast":
                 raise ValueError(
@@ -112,63 +72,43 @@ class TokenizeRun:
                 ) from None
             print(f"note: tokenizing with the reference alone: {reason}", file=sys.stderr)
             return "reference"
-        self.encoding = replace(self.encoding, pipeline=pipeline)
         return "fast"
 
-    def _write_chunks(self) -> tuple[list[Spool], int]:
-        spools, records = self.folder.open_files(self.names, token_dtype(self.reference.vocab_size))
-        self.seen.clear()
-        self.totals.clear()
-        for record in records:
-            self._count(record)
-        resumed = self.totals["bytes"]
-        if records:
+    def _write_chunks(self) -> int:
+        """Tokenizes what is not written yet; returns the bytes that were."""
+        folder, options = self.folder, self.options
+        folder.open_files(self.encoder.dtype)
+        resumed = folder.totals["bytes"]
+        if folder.chunks:
             print(f"continuing after {resumed / 1e6:.1f} MB of input.", file=sys.stderr)
-        total = sum(source.size for source in self.sources)
         chunks = read_chunks(
-            self.sources,
-            self.options.json_keys,
-            self.options.document_separator,
-            self.options.chunk_bytes,
+            self.sources, options.json_keys, options.document_separator, options.chunk_bytes
         )
-        left = ((number, chunk) for number, chunk in enumerate(chunks) if number >= len(records))
-        with Progress(
-            total, self.options.log_interval, self.options.json_log, self.totals["file_bytes"]
-        ) as progress:
-            for _, chunk, encoded in encode_in_order(
-                left, self.encoding, self._count_workers(), self.reference
-            ):
-                self._write(chunk, encoded)
-                tokens = sum(part.ids.size for part in encoded.keys)
-                progress.advance(encoded.documents, encoded.text_bytes, tokens, chunk.file_bytes)
+        left = islice(chunks, folder.chunks, None)
+        total = sum(source.size for source in self.sources)
+        with Progress(options, total, folder.totals["file_bytes"]) as progress:
+            for chunk, encoded in encode_in_order(left, self.encoder, self._count_workers()):
+                try:
+                    folder.append(chunk, encoded)
+                except OSError as error:
+                    raise ChunkError(chunk, error) from error
+                progress.advance(chunk, encoded)
             progress.log("tokenized")
-        return spools, resumed
+        return resumed
 
-    def _write(self, chunk: Chunk, encoded: Encoded) -> None:
-        source = self.sources[chunk.source]
-        rejects = [
-            {
-                "file": source.path,
-                source.unit: self.seen[chunk.source] + bad.offset + 1,
-                "reason": bad.reason,
-                "begins": bad.excerpt,
-            }
-            for bad in encoded.rejected
-        ]
-        record = {
-            "source": chunk.source,
-            "documents": encoded.documents,
-            "bytes": encoded.text_bytes,
-            "file_bytes": chunk.file_bytes,
-            "rejected": len(rejects),
-            "verified": encoded.verified,
-            "routed": encoded.routed,
+    def _summarize(self) -> dict[str, Any]:
+        spools, totals = self.folder.spools, self.folder.totals
+        return {
+            "documents": sum(spool.documents for spool in spools),
+            "empty_documents": sum(spool.empty for spool in spools),
+            "rejected_documents": totals["rejected"],
+            "tokens": sum(spool.tokens for spool in spools),
+            "text_bytes": totals["bytes"],
+            "dtype": self.encoder.dtype.name,
+            "backend": self.folder.state["backend"],
+            "verified_documents": totals["verified"],
+            "routed_documents": totals["routed"],
         }
-        try:
-            self.folder.append(record, encoded.keys, rejects)
-        except OSError as error:
-            raise ChunkError(chunk, error) from error
-        self._count(record)
 
     def _report_mismatch(self, chunk: Chunk, mismatch: MismatchError) -> None:
         """Warns, or raises ValueError where the user insists on the fast tokenizer."""
@@ -184,12 +124,9 @@ class TokenizeRun:
         """Returns what to tell the user, or the error itself where it is our bug."""
         cause = failed.cause
         if isinstance(cause, BadDocumentError):
-            source = self.sources[failed.chunk.source]
-            number = self.seen[failed.chunk.source] + cause.offset + 1
-            return ValueError(
-                f"{describe_bad(source, number, cause.reason)} Or pass --on-error skip, which "
-                "continues from here."
-            )
+            number = self.folder.number_of(failed.chunk, cause.offset)
+            told = describe_bad(failed.chunk.source, number, cause.reason)
+            return ValueError(f"{told} Or pass --on-error skip, which continues from here.")
         place = self._place(failed.chunk)
         if isinstance(cause, WorkerDiedError):
             return ValueError(
@@ -200,14 +137,10 @@ class TokenizeRun:
             return ValueError(f"{place}: {cause.strerror or cause}. {KEPT}.")
         return cause
 
-    def _count(self, record: dict[str, Any]) -> None:
-        self.seen[record["source"]] += record["documents"]
-        self.totals.update({name: record[name] for name in COUNTS})
-
     def _count_workers(self) -> int:
         """Returns how many processes to use: no more than cores, or chunks to hand out."""
         workers = self.options.workers or len(os.sched_getaffinity(0))
-        if any(source.path == STDIN for source in self.sources):
+        if self.options.reads_stdin:
             return workers
         return min(workers, 1 + self._input_bytes() // self.options.chunk_bytes)
 
@@ -217,10 +150,10 @@ class TokenizeRun:
         return sum(s.size * (5 if s.compression else 1) for s in self.sources)
 
     def _place(self, chunk: Chunk, offset: int = 0) -> str:
-        source = self.sources[chunk.source]
-        return f"{source.path}, {source.unit} {self.seen[chunk.source] + offset + 1}"
+        source = chunk.source
+        return f"{source.path}, {source.unit} {self.folder.number_of(chunk, offset)}"
 
-    def _check_complete(self, spools: Sequence[Spool]) -> None:
+    def _check_complete(self) -> None:
         names = ", ".join(source.path for source in self.sources)
         for source in self.sources:
             if source.path != STDIN:
@@ -230,9 +163,9 @@ class TokenizeRun:
                         f"input ({source.path}) changed while it was read. Run again with "
                         "--overwrite once it is complete."
                     )
-        if not self.totals["documents"]:
+        if not self.folder.totals["documents"]:
             raise ValueError(f"input ({names}) has no documents. Nothing was written.")
-        for spool in spools:
+        for spool in self.folder.spools:
             if spool.tokens == 0:
                 raise ValueError(
                     f"input ({names}): no document has a token, {spool.name} would be empty. "

@@ -14,12 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_satformer.data.reading.documents import (
-    Parser,
-    build_line_parser,
-    check_text,
-    decode_text,
-)
 from megatron_satformer.data.reading.inputs import STDIN, Source
 
 # Text in a chunk: large against the cost of a hand-over, small against memory and a slow tokenizer.
@@ -31,23 +25,29 @@ class Chunk:
     """Consecutive documents of one input.
 
     Attributes:
-        source: Index of the input.
-        path: Its name.
-        kind: "range" (bytes `begin` to `end` of the file), "lines" (raw JSON lines), "txt" (raw
-            documents) or "rows" (a list of texts for each document).
-        begin: First byte; a line belongs to the range it starts in.
-        end: Byte after the last.
-        content: The documents, for all kinds but "range".
+        number: Of the chunk in all the inputs, from 0.
+        index: Of the input, from 0.
+        source: The input.
         file_bytes: Bytes of the file on disk that it used up (compressed, if it is).
+        content: Raw JSON lines or text documents, rows of texts (Parquet), or which bytes of the
+            file (a plain JSON lines file); a line belongs to the range it starts in.
     """
 
-    source: int
-    path: str
-    kind: str
+    number: int
+    index: int
+    source: Source
     file_bytes: int
-    begin: int = 0
-    end: int = 0
-    content: Sequence[Any] = ()
+    content: Sequence[Any]
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the documents, uncompressed."""
+        if isinstance(self.content, range):
+            return len(self.content)
+        if self.source.format == "parquet":
+            return sum(len(text) for row in self.content for text in row if isinstance(text, str))
+        ends = len(self.content) if self.source.format == "jsonl" else 0
+        return sum(map(len, self.content)) + ends
 
 
 def read_chunks(
@@ -67,87 +67,31 @@ def read_chunks(
     Raises:
         ValueError: If an input is damaged, or lacks a column.
     """
+    number = 0
     for index, source in enumerate(sources):
         if source.format == "parquet":
-            yield from _parquet_chunks(index, source, keys, chunk_bytes)
+            cut = _cut_parquet(source, keys, chunk_bytes)
         elif source.format == "jsonl" and source.compression is None and source.path != STDIN:
-            for begin in range(0, source.size, chunk_bytes):
-                end = min(begin + chunk_bytes, source.size)
-                yield Chunk(index, source.path, "range", end - begin, begin, end)
+            cut = _cut_ranges(source, chunk_bytes)
         else:
-            yield from _stream_chunks(index, source, separator, chunk_bytes)
-
-
-def iterate_documents(
-    chunk: Chunk, keys: Sequence[str], parse: Parser
-) -> Iterator[tuple[list[str], None] | tuple[bytes, ValueError]]:
-    """Yields (texts, None) for each document of a chunk, or (its bytes, what is wrong).
-
-    Args:
-        chunk: The chunk.
-        keys: Keys of a document.
-        parse: `build_line_parser(keys)`.
-    """
-    if chunk.kind == "rows":
-        for row in chunk.content:
-            try:
-                yield [check_text(*pair) for pair in zip(row, keys, strict=True)], None
-            except ValueError as error:
-                yield repr(row).encode("utf-8", "replace"), error
-        return
-    read = (lambda raw: [decode_text(raw)] * len(keys)) if chunk.kind == "txt" else parse
-    for raw in _read_range(chunk) if chunk.kind == "range" else chunk.content:
-        try:
-            yield read(raw), None
-        except ValueError as error:
-            yield raw, error
-
-
-def read_documents(
-    sources: Sequence[Source], keys: Sequence[str], separator: str | None = None
-) -> Iterator[list[str]]:
-    """Yields the texts of every document of the inputs, in order, in this process.
-
-    Raises:
-        ValueError: For the first bad document, with its place.
-    """
-    parse = build_line_parser(keys)
-    source, number = -1, 0
-    for chunk in read_chunks(sources, keys, separator):
-        source, number = chunk.source, number if chunk.source == source else 0
-        for content, error in iterate_documents(chunk, keys, parse):
+            cut = _cut_stream(source, separator, chunk_bytes)
+        for file_bytes, content in cut:
+            yield Chunk(number, index, source, file_bytes, content)
             number += 1
-            if error is not None:
-                raise ValueError(describe_bad(sources[source], number, error))
-            yield content  # type: ignore[misc]
 
 
-def describe_bad(source: Source, number: int, reason: object) -> str:
-    """Returns the message about the bad document `number`, from 1, of an input."""
-    return f"{source.path}, {source.unit} {number}: {reason}. Correct or remove it."
+# File bytes and content of each chunk of one input.
+_Cut = Iterator[tuple[int, Sequence[Any]]]
 
 
-def _read_range(chunk: Chunk) -> list[bytes]:
-    with open(chunk.path, "rb") as file:
-        if chunk.begin:
-            # A line that starts before the range belongs to the range before.
-            file.seek(chunk.begin - 1)
-            file.readline()
-        left = chunk.end - file.tell()
-        if left <= 0:
-            return []
-        block = file.read(left)
-        # Splitting is several times faster than reading line by line.
-        lines = (block if block.endswith(b"\n") else block + file.readline()).split(b"\n")
-    return lines if lines[-1] else lines[:-1]
+def _cut_ranges(source: Source, chunk_bytes: int) -> _Cut:
+    for begin in range(0, source.size, chunk_bytes):
+        content = range(begin, min(begin + chunk_bytes, source.size))
+        yield len(content), content
 
 
-def _stream_chunks(
-    index: int, source: Source, separator: str | None, chunk_bytes: int
-) -> Iterator[Chunk]:
-    text = source.format == "txt"
-    mark = (separator or "").encode("utf-8") if text else b"\n"
-    kind = "txt" if text else "lines"
+def _cut_stream(source: Source, separator: str | None, chunk_bytes: int) -> _Cut:
+    mark = (separator or "").encode("utf-8") if source.format == "txt" else b"\n"
     with ExitStack() as stack:
         raw, file = _open(stack, source)
         position, pending, block = 0, bytearray(), b" "
@@ -169,7 +113,7 @@ def _stream_chunks(
                 documents.append(bytes(pending))
             if documents:
                 now = raw.tell() if source.path != STDIN else 0
-                yield Chunk(index, source.path, kind, now - position, content=documents)
+                yield now - position, documents
                 position = now
 
 
@@ -228,9 +172,7 @@ def _import(name: str, source: Source) -> Any:
         ) from None
 
 
-def _parquet_chunks(
-    index: int, source: Source, keys: Sequence[str], chunk_bytes: int
-) -> Iterator[Chunk]:
+def _cut_parquet(source: Source, keys: Sequence[str], chunk_bytes: int) -> _Cut:
     parquet, arrow = _import("pyarrow.parquet", source), _import("pyarrow", source)
     try:
         with parquet.ParquetFile(source.path, memory_map=True) as file:
@@ -248,10 +190,7 @@ def _parquet_chunks(
             for batch in file.iter_batches(batch_size=batch_rows, columns=list(keys)):
                 columns = [batch.column(key).to_pylist() for key in keys]
                 done += batch.num_rows
-                share = batch.num_rows * source.size // rows
-                yield Chunk(
-                    index, source.path, "rows", share, content=list(zip(*columns, strict=True))
-                )
+                yield batch.num_rows * source.size // rows, list(zip(*columns, strict=True))
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(
             f"input ({source.path}) is damaged or no Parquet file: {error}. Fetch it again."

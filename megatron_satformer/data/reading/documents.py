@@ -1,9 +1,15 @@
-"""One document: the texts of a JSON line, or what is wrong with it."""
+"""Chunks to documents: the texts of each, or what is wrong with it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_satformer.data.reading.chunks import Chunk, read_chunks
+from megatron_satformer.data.reading.inputs import Source
+
+EXCERPT = 200
 Parser = Callable[[bytes], list[str]]
 
 
@@ -20,6 +26,68 @@ class Rejected:
     offset: int
     reason: str
     excerpt: str
+
+
+Reader = Callable[[Chunk], Iterator[list[str] | Rejected]]
+
+
+def build_reader(keys: Sequence[str]) -> Reader:
+    """Returns what yields the texts under `keys` of each document of a chunk, or Rejected."""
+    formats: dict[str, Callable[[Any], list[str]]] = {
+        "jsonl": build_line_parser(keys),
+        "txt": lambda raw: [decode_text(raw)] * len(keys),
+        "parquet": lambda row: [check_text(*pair) for pair in zip(row, keys, strict=True)],
+    }
+
+    def read(chunk: Chunk) -> Iterator[list[str] | Rejected]:
+        parse, content = formats[chunk.source.format], chunk.content
+        if isinstance(content, range):
+            content = _read_range(chunk.source.path, content)
+        for offset, raw in enumerate(content):
+            try:
+                yield parse(raw)
+            except ValueError as error:
+                begins = raw if isinstance(raw, bytes) else repr(raw).encode("utf-8", "replace")
+                yield Rejected(offset, str(error), begins[:EXCERPT].decode("utf-8", "replace"))
+
+    return read
+
+
+def read_documents(
+    sources: Sequence[Source], keys: Sequence[str], separator: str | None = None
+) -> Iterator[list[str]]:
+    """Yields the texts of every document of the inputs, in order, in this process.
+
+    Raises:
+        ValueError: For the first bad document, with its place.
+    """
+    read, seen = build_reader(keys), Counter[int]()
+    for chunk in read_chunks(sources, keys, separator):
+        for found in read(chunk):
+            seen[chunk.index] += 1
+            if isinstance(found, Rejected):
+                raise ValueError(describe_bad(chunk.source, seen[chunk.index], found.reason))
+            yield found
+
+
+def describe_bad(source: Source, number: int, reason: str) -> str:
+    """Returns the message about the bad document `number`, from 1, of an input."""
+    return f"{source.path}, {source.unit} {number}: {reason}. Correct or remove it."
+
+
+def _read_range(path: str, wanted: range) -> list[bytes]:
+    with open(path, "rb") as file:
+        if wanted.start:
+            # A line that starts before the range belongs to the range before.
+            file.seek(wanted.start - 1)
+            file.readline()
+        left = wanted.stop - file.tell()
+        if left <= 0:
+            return []
+        block = file.read(left)
+        # Splitting is several times faster than reading line by line.
+        lines = (block if block.endswith(b"\n") else block + file.readline()).split(b"\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:

@@ -1,12 +1,11 @@
 """Tokenizers by Megatron's flag names, with its ids, `eod` and `vocab_size`, without torch.
 
 Each class gives what `megatron.core.tokenizers` of 0.19.2 gives for the same flags; tests hold the
-two together. The class to build is chosen by `--tokenizer-type`.
+two together. The class to build is chosen by `--tokenizer-type`. To users, who choose between them
+and the fast backend, they are the reference.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from megatron_satformer.data.tokenizers.hugging_face import GPT2BPETokenizer, HuggingFaceTokenizer
@@ -40,17 +39,15 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; `eod` is its `</s>`, as in Megatron.
+    """A SentencePiece model; `eod` is its `</s>`, as in Megatron."""
 
-    Args:
-        model: The model file.
-        ignore_extra_whitespaces: Megatron's flag. False matters only for a model that drops
-            repeated spaces, and is refused there.
-    """
-
-    def __init__(self, model: str, ignore_extra_whitespaces: bool = True) -> None:
+    def __init__(self, options: TokenizerOptions) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        model = options.existing_file(
+            "tokenizer_model",
+            "a SentencePiece .model file. Train one with tools/train_tokenizer.py",
+        )
         try:
             self.processor = SentencePieceProcessor(model_file=model)
         except (RuntimeError, OSError):
@@ -59,7 +56,8 @@ class SentencePieceTokenizer:
                 "be read as such. Train one with tools/train_tokenizer.py."
             ) from None
         encode = self.processor.encode_as_ids
-        if not ignore_extra_whitespaces and encode("x  y") == encode("x y"):
+        keeps_whitespaces = not options.tokenizer_sentencepiece_ignore_extra_whitespaces
+        if keeps_whitespaces and encode("x  y") == encode("x y"):
             raise ValueError(
                 "tokenizer_sentencepiece_ignore_extra_whitespaces (False) must be left out: this "
                 "model drops repeated spaces. Train one that keeps them, with "
@@ -82,16 +80,21 @@ class SentencePieceTokenizer:
 
 
 class NullTokenizer:
-    """Text that is ids already: decimal numbers with one space between.
+    """Text that is ids already: decimal numbers with one space between."""
 
-    Args:
-        vocab_size: Number of ids.
-        eod: Id that ends a document; the last id if None.
-    """
-
-    def __init__(self, vocab_size: int, eod: int | None = None) -> None:
-        self.vocab_size = vocab_size
-        self.eod: int | None = vocab_size - 1 if eod is None else eod
+    def __init__(self, options: TokenizerOptions) -> None:
+        size, eod = options.vocab_size, options.null_tokenizer_eod_id
+        if size is None or size < 1:
+            raise ValueError(
+                f"vocab_size ({size}) must be at least 1 with NullTokenizer. Pass --vocab-size."
+            )
+        if eod is not None and not 0 <= eod < size:
+            raise ValueError(
+                f"null_tokenizer_eod_id ({eod}) must be from 0 to vocab_size ({size}) less one. "
+                "Leave it out for the last id."
+            )
+        self.vocab_size = size
+        self.eod: int | None = size - 1 if eod is None else eod
 
     def encode(self, text: str) -> list[int]:
         """Returns the numbers in `text`."""
@@ -112,6 +115,15 @@ class NullTokenizer:
         return " ".join(map(str, ids))
 
 
+CLASSES: dict[str, Callable[[TokenizerOptions], Tokenizer]] = {
+    **dict.fromkeys(SENTENCEPIECE, SentencePieceTokenizer),
+    "HuggingFaceTokenizer": HuggingFaceTokenizer,
+    "TikTokenizer": TikTokenizer,
+    "GPT2BPETokenizer": GPT2BPETokenizer,
+    "NullTokenizer": NullTokenizer,
+}
+
+
 def build_tokenizer(options: TokenizerOptions) -> Tokenizer:
     """Builds the tokenizer that the flags name.
 
@@ -120,60 +132,4 @@ def build_tokenizer(options: TokenizerOptions) -> Tokenizer:
             given that this type does not read.
     """
     check_tokenizer_options(options)
-    kind = options.tokenizer_type
-    if kind == "NullTokenizer":
-        return _build_null(options)
-    if kind == "GPT2BPETokenizer":
-        return GPT2BPETokenizer(
-            _existing_file("vocab_file", options.vocab_file, "vocab.json"),
-            _existing_file("merge_file", options.merge_file, "merges.txt"),
-            options.special_tokens or (),
-        )
-    model = _existing_model(kind, options.tokenizer_model)
-    if kind == "TikTokenizer":
-        return TikTokenizer(model, options)
-    if kind == "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(model, options)
-    return SentencePieceTokenizer(model, options.tokenizer_sentencepiece_ignore_extra_whitespaces)
-
-
-def _build_null(options: TokenizerOptions) -> NullTokenizer:
-    size, eod = options.vocab_size, options.null_tokenizer_eod_id
-    if size is None or size < 1:
-        raise ValueError(
-            f"vocab_size ({size}) must be at least 1 with NullTokenizer. Pass --vocab-size."
-        )
-    if eod is not None and not 0 <= eod < size:
-        raise ValueError(
-            f"null_tokenizer_eod_id ({eod}) must be from 0 to vocab_size ({size}) less one. "
-            "Leave it out for the last id."
-        )
-    return NullTokenizer(size, eod)
-
-
-def _existing_file(name: str, file: str | None, what: str) -> str:
-    if file is None:
-        raise ValueError(f"{name} (not given) must be GPT-2's {what} for GPT2BPETokenizer.")
-    if not Path(file).is_file():
-        raise ValueError(f"{name} ({file}) does not exist. It must be GPT-2's {what}.")
-    return file
-
-
-def _existing_model(kind: str, model: str | None) -> str:
-    if kind in SENTENCEPIECE:
-        what = "a SentencePiece .model file. Train one with tools/train_tokenizer.py"
-    elif kind == "TikTokenizer":
-        what = "a TikToken vocabulary, a .json file"
-    else:
-        what = "a local folder with tokenizer.json, or that file"
-    if model is None:
-        raise ValueError(f"tokenizer_model (not given) must be {what} for {kind}.")
-    path = Path(model)
-    if not path.exists():
-        raise ValueError(f"tokenizer_model ({model}) does not exist. It must be {what}.")
-    if kind != "HuggingFaceTokenizer" and path.is_dir():
-        inside = path / "tokenizer.model"
-        found = kind in SENTENCEPIECE and inside.exists()
-        hint = f"Did you mean {inside}?" if found else f"It must be {what}."
-        raise ValueError(f"tokenizer_model ({model}) is a folder. {hint}")
-    return os.fspath(path)
+    return CLASSES[options.tokenizer_type](options)

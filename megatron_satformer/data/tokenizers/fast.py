@@ -1,9 +1,9 @@
-"""The fast backend: the same ids as the reference tokenizer, from the package fastokens.
+"""The fast backend: the same ids as the exact tokenizer, from the package fastokens.
 
 What it runs is a tokenizer.json: a Hugging Face tokenizer's own, or a SentencePiece model converted
-exactly. Where the two are known to differ, the text goes to the reference (`takes`) or the whole
-tokenizer does (FastUnavailable); each pipeline is also compared with its reference on some
-hundred texts before it is used.
+exactly. Where the two are known to differ, the text goes to the exact one (`takes`) or the whole
+run does (FastUnavailable); each pipeline is also compared with the exact tokenizer on some hundred
+texts before it is used.
 """
 
 import json
@@ -57,10 +57,10 @@ class FastTokenizer:
         self._marks: list[str] = json.loads(marks)
 
     def takes(self, text: str) -> bool:
-        """Whether `encode_batch` gives the reference's ids for this text.
+        """Whether `encode_batch` gives the exact ids for this text.
 
-        Text with one of a few marks is for the reference. Marks outside ASCII cost nothing on
-        ASCII: CPython knows that such a string cannot hold them.
+        Text with one of a few marks is for the exact tokenizer. Marks outside ASCII cost nothing
+        on ASCII: CPython knows that such a string cannot hold them.
         """
         return not any(mark in text for mark in self._marks)
 
@@ -71,10 +71,10 @@ class FastTokenizer:
 
         Returns:
             The ids of all texts end to end, and the number of ids of each text. The ids include
-            what the reference's template adds. The ids are read-only.
+            what the exact tokenizer's template adds. The ids are read-only.
 
         Raises:
-            ValueError: If a regex backtracks beyond the engine's limit. The reference decides then.
+            ValueError: If a regex backtracks beyond the engine's limit. The exact one decides then.
         """
         ids, offsets = self._engine.encode_batch_flat(list(texts), add_special_tokens=True)
         ends = np.frombuffer(offsets, dtype="<u8").astype(np.int64)
@@ -91,12 +91,12 @@ def _load_engine(engine: str) -> Any:
     return Engine.from_json_str(engine)
 
 
-def fast_pipeline(options: TokenizerOptions, reference: Tokenizer) -> str:
+def fast_pipeline(options: TokenizerOptions, exact: Tokenizer) -> str:
     """Returns what a FastTokenizer is made of, as text that travels to worker processes.
 
     Args:
         options: The tokenizer flags.
-        reference: What `build_tokenizer` gives for them; the ids are compared with its.
+        exact: What `build_tokenizer` gives for them; the ids are compared with its.
 
     Raises:
         FastUnavailable: If the package is missing, the kind of tokenizer has no fast equal, or the
@@ -108,30 +108,29 @@ def fast_pipeline(options: TokenizerOptions, reference: Tokenizer) -> str:
         raise FastUnavailable(
             "The package fastokens is not installed (pip install 'megatron-satformer[data]')."
         ) from None
-    if isinstance(reference, SentencePieceTokenizer):
+    if isinstance(exact, SentencePieceTokenizer):
         engine, marks = _from_sentencepiece(Path(str(options.tokenizer_model)))
         pieces = [
-            reference.processor.id_to_piece(n).replace(SPACE, " ")
-            for n in range(reference.vocab_size)
+            exact.processor.id_to_piece(n).replace(SPACE, " ") for n in range(exact.vocab_size)
         ]
-    elif isinstance(reference, HuggingFaceTokenizer) and reference.fast is not None:
-        engine, marks = _from_backend(reference.fast.backend, reference.add_special_tokens)
-        pieces = _decoded_pieces(reference.fast.backend)
-    elif isinstance(reference, GPT2BPETokenizer):
-        engine, marks = _from_backend(reference.backend, reference.add_special_tokens)
-        pieces = _decoded_pieces(reference.backend)
+    elif isinstance(exact, HuggingFaceTokenizer) and exact.fast is not None:
+        engine, marks = _from_backend(exact.fast.backend, exact.add_special_tokens)
+        pieces = _decoded_pieces(exact.fast.backend)
+    elif isinstance(exact, GPT2BPETokenizer):
+        engine, marks = _from_backend(exact.backend, exact.add_special_tokens)
+        pieces = _decoded_pieces(exact.backend)
     else:
-        raise FastUnavailable(f"{_kind(options, reference)} has no fast equal.")
+        raise FastUnavailable(f"{_kind(options, exact)} has no fast equal.")
     # The marks are the first line: compact JSON has no line end.
     parts = (marks, engine)
     text = "\n".join(json.dumps(p, ensure_ascii=False, separators=(",", ":")) for p in parts)
-    _compare(text, reference, [*_awkward_texts(engine), *random_texts(pieces, PROBES, seed=0)])
+    _compare(text, exact, [*_awkward_texts(engine), *random_texts(pieces, PROBES, seed=0)])
     return text
 
 
-def _kind(options: TokenizerOptions, reference: Tokenizer) -> str:
-    if isinstance(reference, HuggingFaceTokenizer):
-        return f"{type(reference.tokenizer).__name__}, which encodes in Python,"
+def _kind(options: TokenizerOptions, exact: Tokenizer) -> str:
+    if isinstance(exact, HuggingFaceTokenizer):
+        return f"{type(exact.tokenizer).__name__}, which encodes in Python,"
     return options.tokenizer_type
 
 
@@ -227,7 +226,7 @@ def _awkward_texts(pipeline: dict[str, Any]) -> Iterator[str]:
             yield context.format(word)
 
 
-def _compare(pipeline: str, reference: Tokenizer, texts: list[str]) -> None:
+def _compare(pipeline: str, exact: Tokenizer, texts: list[str]) -> None:
     try:
         fast = FastTokenizer(pipeline)
     except Exception as error:
@@ -236,7 +235,7 @@ def _compare(pipeline: str, reference: Tokenizer, texts: list[str]) -> None:
     ids, lengths = fast.encode_batch(texts)
     ends = np.cumsum(lengths)
     for text, expected, end, length in zip(
-        texts, reference.encode_batch(texts), ends, lengths, strict=True
+        texts, exact.encode_batch(texts), ends, lengths, strict=True
     ):
         actual = ids[end - length : end].tolist()
         if actual != expected:

@@ -116,8 +116,8 @@ class HuggingFaceTokenizer:
         fast: The `tokenizers` calls that give the same ids, or None for a tokenizer in Python.
     """
 
-    def __init__(self, model: str, options: TokenizerOptions) -> None:
-        tokenizer = _load_hugging_face(model, options)
+    def __init__(self, options: TokenizerOptions) -> None:
+        tokenizer = _load_hugging_face(options)
         _settle_special_tokens(tokenizer, options.special_tokens or ())
         # Otherwise a long document draws a warning about what a model could take.
         tokenizer.model_max_length = int(1e30)
@@ -148,7 +148,10 @@ class HuggingFaceTokenizer:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def _load_hugging_face(model: str, options: TokenizerOptions) -> Any:
+def _load_hugging_face(options: TokenizerOptions) -> Any:
+    model = options.existing_file(
+        "tokenizer_model", "a local folder with tokenizer.json, or that file", or_folder=True
+    )
     if options.trust_remote_code and sys.modules.get("torch", True) is None:
         # The tokenizer's own code may want it.
         del sys.modules["torch"]
@@ -215,19 +218,15 @@ class GPT2BPETokenizer(BackendTokenizer):
 
     Megatron 0.19.2 looks for a tokenizer called gpt2 in the working directory or on the network,
     whatever the two flags say. This is the tokenizer that it finds there: 50257 ids for GPT-2's own
-    files, and "<|endoftext|>" in a text is the special token.
-
-    Args:
-        vocab_file: vocab.json, from token to id.
-        merge_file: merges.txt.
-        special_tokens: Further ones, in ids after the last.
+    files, and "<|endoftext|>" in a text is the special token. Further special tokens come after the
+    last id.
     """
 
-    def __init__(
-        self, vocab_file: str, merge_file: str, special_tokens: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, options: TokenizerOptions) -> None:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+        vocab_file = options.existing_file("vocab_file", "GPT-2's vocab.json")
+        merge_file = options.existing_file("merge_file", "GPT-2's merges.txt")
         try:
             backend = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
         except Exception as error:
@@ -238,7 +237,10 @@ class GPT2BPETokenizer(BackendTokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens(
-            [AddedToken(token, normalized=False) for token in (GPT2_END, *special_tokens)]
+            [
+                AddedToken(token, normalized=False)
+                for token in (GPT2_END, *(options.special_tokens or ()))
+            ]
         )
         super().__init__(backend, add_special_tokens=True)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)

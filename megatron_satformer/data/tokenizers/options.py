@@ -6,8 +6,10 @@ depend on it.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -58,6 +60,30 @@ class TokenizerOptions:
     tokenizer_hf_no_include_special_tokens: bool = False
     trust_remote_code: bool = False
     null_tokenizer_eod_id: int | None = None
+
+    def existing_file(self, name: str, what: str, or_folder: bool = False) -> str:
+        """Returns the path that an option names.
+
+        Args:
+            name: Of the option.
+            what: What the file must be.
+            or_folder: Whether a folder will do.
+
+        Raises:
+            ValueError: If the option is left out, or there is no such file.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name} (not given) must be {what} for {self.tokenizer_type}.")
+        path = Path(value)
+        if not path.exists():
+            raise ValueError(f"{name} ({value}) does not exist. It must be {what}.")
+        if path.is_dir() and not or_folder:
+            inside = path / "tokenizer.model"
+            found = self.tokenizer_type in SENTENCEPIECE and inside.exists()
+            hint = f"Did you mean {inside}?" if found else f"It must be {what}."
+            raise ValueError(f"{name} ({value}) is a folder. {hint}")
+        return os.fspath(path)
 
 
 _HUGGING_FACE = {

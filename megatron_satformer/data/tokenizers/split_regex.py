@@ -6,7 +6,7 @@ differ on what is left out: `\w` and `\b` (marks, enclosed letters), `\h` (a hex
 `^` and `$` (of a line, of the text), `{1,3}+` (a repeat, possessive), `\p{Han}` (Unicode
 versions), POSIX classes, nested classes, folding of case. On U+180E they disagree whether it is a
 space, and on U+017F whether it is an s where case is folded: texts with one of these two are for
-the reference tokenizer.
+the exact tokenizer.
 """
 
 import re

@@ -32,17 +32,17 @@ class TikTokenizer:
     of a special token in a text is that token, as in Megatron.
 
     Args:
-        model: JSON list of {"rank", "token_bytes" (base64), "token_str"}; the first 256 are the
-            bytes.
-        options: The flags.
+        options: The flags. The model is a JSON list of {"rank", "token_bytes" (base64),
+            "token_str"}; the first 256 are the bytes.
 
     Raises:
         ValueError: If the file is not such a list or the sizes do not fit.
     """
 
-    def __init__(self, model: str, options: TokenizerOptions) -> None:
+    def __init__(self, options: TokenizerOptions) -> None:
         from tiktoken import Encoding
 
+        model = options.existing_file("tokenizer_model", "a TikToken vocabulary, a .json file")
         size = TIKTOKEN_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         count = options.tiktoken_num_special_tokens
         names = _special_tokens(options.special_tokens, count, size)

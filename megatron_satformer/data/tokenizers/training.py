@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_satformer.data.reading.chunks import read_documents
+from megatron_satformer.data.reading.documents import read_documents
 from megatron_satformer.data.reading.inputs import find_inputs
 from megatron_satformer.data.tokenizers.byte_level_training import (
     FIXED_TOKENS,

@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from megatron_satformer.data.datasets.indexed import check_prefix
+
 SPLITS = ("train", "valid", "test")
 # What Megatron's parser takes for --split where --data-path is given without it.
 DEFAULT_SPLIT = "969, 30, 1"
@@ -42,10 +44,7 @@ def parse_blend(option: str, values: Sequence[str]) -> list[str]:
                 )
             prefixes = prefixes[1::2]
     for prefix in prefixes:
-        if not prefix:
-            raise ValueError(f"{option} ('') must not be empty. Check for an unset variable.")
-        if prefix.endswith((".bin", ".idx")):
-            raise ValueError(f"{option} ({prefix}) must be the prefix alone. Use {prefix[:-4]}.")
+        check_prefix(option, prefix)
     return prefixes
 
 

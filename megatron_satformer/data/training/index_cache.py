@@ -15,7 +15,6 @@ imported.
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_satformer.data.datasets.indexed import idx_path
+from megatron_satformer.files.locks import try_lock
 
 # Of the two kinds of Megatron's data sets: what saves their index, and the arrays it saves.
 KINDS = {
@@ -243,9 +243,7 @@ def _staging(folder: Path) -> Iterator[Path]:
     own.mkdir()
     try:
         with (own / "lock").open("wb") as lock:
-            # Tells others that we live. Some network file systems have no locks: go on without.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(lock.fileno())  # tells others that we live
             yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)
@@ -258,10 +256,8 @@ def _abandoned(staging: Path) -> bool:
         if age < YOUNG:
             return False  # perhaps not locked yet
         with (staging / "lock").open("r+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+            free = try_lock(lock.fileno())
+        return age > OLD if free is None else free
     except FileNotFoundError:
         return staging.exists()
     except OSError:

@@ -26,6 +26,7 @@ from megatron_satformer.data.datasets.manifest import (
 )
 from megatron_satformer.data.datasets.merge import merge_datasets
 from megatron_satformer.data.datasets.verify import verify_dataset
+from megatron_satformer.files.atomic import AtomicFile
 
 
 def make(prefix: Path, seed: int, documents: int = 20, vocab_size: int = 100) -> str:
@@ -227,6 +228,27 @@ def test_a_full_disk_leaves_the_old_data_set(
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.bin' -> '.*all\.bin\.p"):
         merge_datasets(inputs, old, overwrite=True)
     assert (sorted(os.listdir(tmp_path)), content(Path(old))) == before
+
+
+def test_a_kill_between_the_two_renames_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [make(tmp_path / "a", 1), make(tmp_path / "b", 2)]
+    publish = AtomicFile.publish
+
+    def kill_before_the_index(self: AtomicFile) -> None:
+        if self.path.suffix == ".idx":
+            raise KeyboardInterrupt
+        publish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicFile, "publish", kill_before_the_index)
+        patch.setattr(AtomicFile, "discard", lambda self: self.file.close())
+        with pytest.raises(KeyboardInterrupt):
+            merge_datasets(parts, str(tmp_path / "all"))
+    assert sorted(p.name for p in tmp_path.glob("all*")) == ["all.bin", "all.idx.partial"]
+    merge_datasets(parts, str(tmp_path / "all"))
+    assert IndexedFile(tmp_path / "all").documents == 40
 
 
 def test_the_tool(tmp_path: Path, tool: Callable, fails: Callable[..., str]) -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_satformer.data.reading.chunks import iterate_documents, read_chunks, read_documents
-from megatron_satformer.data.reading.documents import build_line_parser
+from megatron_satformer.data.reading.chunks import read_chunks
+from megatron_satformer.data.reading.documents import Rejected, build_reader, read_documents
 from megatron_satformer.data.reading.inputs import find_inputs
 
 zstandard = pytest.importorskip("zstandard")
@@ -18,14 +18,14 @@ LINES = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
 
 def read(paths: list[Path], chunk_bytes: int, separator: str | None = None) -> list[str]:
     sources = find_inputs(paths, separator)
-    parse = build_line_parser(["text"])
+    documents = build_reader(["text"])
     texts = []
     used = 0
     for chunk in read_chunks(sources, ["text"], separator, chunk_bytes):
         used += chunk.file_bytes
-        for content, error in iterate_documents(chunk, ["text"], parse):
-            assert error is None
-            texts += content
+        for found in documents(chunk):
+            assert not isinstance(found, Rejected)
+            texts += found
     assert used == sum(path.stat().st_size for path in paths)
     return texts
 
