@@ -1,4 +1,4 @@
-"""What test_liveness.py runs on forked ranks: pretrain_satformer.main(), every V1 watched.
+"""What test_liveness.py runs on forked ranks: main(), and all that is carried watched.
 
 A storage is watched by a weak reference, so it is seen to live as long as anything holds it, a
 Python name or a node of the autograd graph. Python's cycle collector is off: what dies, dies by
@@ -17,29 +17,33 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import training
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pretrain_satformer
-from megatron_satformer.model.architectures.value_residual import ValueResidualAttention
-from megatron_satformer.model.layer import ValueResidualLayer
-from megatron_satformer.parallel import carry
+from megatron_satformer.model.architectures import all_architectures, find_architecture
+from megatron_satformer.parallel import stages
 
-# What is watched: V1 made or unpacked, and the tensors a chunk received from and made for others.
-V1, RECEIVED, SENT = "v1", "received", "sent"
+# What is watched: what layers made to be carried, and what a chunk received and made for others.
+MADE, RECEIVED, SENT = "made", "received", "sent"
 SCALAR = 8  # bytes
 
 
 class Flight:
     """What one micro-batch made in one chunk, between its forward and its backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, starts: bool) -> None:
+        self.starts = starts  # whether its chunk is the model's first
         self.storages: list[tuple[str, StorageWeakRef]] = []
 
     def watch(self, kind: str, tensor: torch.Tensor) -> None:
-        self.storages.append((kind, StorageWeakRef(tensor.untyped_storage())))
+        storage = StorageWeakRef(tensor.untyped_storage())
+        # What is unpacked lies in the buffer received, which is counted already.
+        if all((known, ref.cdata) != (RECEIVED, storage.cdata) for known, ref in self.storages):
+            self.storages.append((kind, storage))
 
     def alive(self) -> Counter:
         # By address: the same storage may have been seen twice.
@@ -64,7 +68,9 @@ class Watch:
         self.before_schedule: Callable[[], None] = lambda: None
 
     def install(self) -> None:
-        self._wrap_v1()
+        for layer in {record.layer for record in all_architectures()}:
+            self._wrap_layer(layer)
+        self._wrap_ends()
         self._wrap_steps()
         self._wrap_schedule()
 
@@ -74,37 +80,35 @@ class Watch:
     def note(self, event: str) -> Counter:
         alive = self.alive()
         in_flight = len(self.pending)
-        counts = [event, in_flight, *(alive[kind] for kind in (V1, RECEIVED, SENT))]
+        starting = sum(flight.starts for flight in self.pending.values())
+        counts = [event, in_flight, starting, *(alive[kind] for kind in (MADE, RECEIVED, SENT))]
         self.schedules[-1]["events"].append(counts)
         return alive
 
-    def _wrap_v1(self) -> None:
-        plain = ValueResidualAttention.get_query_key_value_tensors
-        pack, unpack = carry.pack, carry.unpack
+    def _wrap_layer(self, layer: type) -> None:
+        plain = layer.forward
 
-        def get_query_key_value_tensors(attention: Any, *args: Any, **kwargs: Any) -> Any:
-            query, key, value, *rest = plain(attention, *args, **kwargs)
-            if attention.makes_v1:
-                self.current.watch(V1, value)
-            return query, key, value, *rest
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            output = plain(module, *args, **kwargs)
+            for tensor in output[1] or ():
+                self.current.watch(MADE, tensor)
+            return output
 
-        def watched_pack(hidden_states: torch.Tensor, v1: torch.Tensor) -> torch.Tensor:
-            packed = pack(hidden_states, v1)
+        layer.forward = forward
+
+    def _wrap_ends(self) -> None:
+        pack, unpack = stages.pack, stages.unpack
+
+        def watched_pack(hidden_states: torch.Tensor, carried: tuple) -> torch.Tensor:
+            packed = pack(hidden_states, carried)
             self.current.watch(SENT, packed)
             return packed
 
-        def watched_unpack(packed: torch.Tensor, config: Any) -> Any:
+        def watched_unpack(packed: torch.Tensor, *args: Any) -> Any:
             self.current.watch(RECEIVED, packed)
-            hidden_states, v1 = unpack(packed, config)
-            self.current.watch(V1, v1)
-            return hidden_states, v1
+            return unpack(packed, *args)
 
-        ValueResidualAttention.get_query_key_value_tensors = get_query_key_value_tensors
-        for name, module in list(sys.modules.items()):
-            if name.startswith("megatron_satformer.parallel"):
-                for function, watched in ((pack, watched_pack), (unpack, watched_unpack)):
-                    if getattr(module, function.__name__, None) is function:
-                        setattr(module, function.__name__, watched)
+        stages.pack, stages.unpack = watched_pack, watched_unpack
 
     def _wrap_steps(self) -> None:
         plain_forward, plain_backward = schedules.forward_step, schedules.backward_step
@@ -112,9 +116,9 @@ class Watch:
         # Positions as in schedules.forward_step and backward_step, 0.19.2.
         def forward_step(*args: Any, **kwargs: Any) -> Any:
             self.note("forward starts")
-            self.current = Flight()
-            self.flights.append(self.current)
             received = _first(args[4])
+            self.current = Flight(received is None)
+            self.flights.append(self.current)
             if received is not None:
                 self.current.watch(RECEIVED, received)
                 del received
@@ -133,7 +137,7 @@ class Watch:
             result = plain_backward(input_tensor, output_tensor, *args)
             self.note("backward ended")
             dead = flight.alive()
-            assert not dead[V1], "a V1 outlives the backward of its micro-batch"
+            assert not dead[MADE], "what is carried outlives the backward of its micro-batch"
             assert not dead[SENT], "what was sent outlives the backward of its micro-batch"
             return result
 
@@ -152,9 +156,11 @@ class Watch:
                 self.before_schedule()
                 result = plain(**kwargs)
                 alive = self.note("schedule ended")
-                assert not alive[V1], f"{alive[V1]} V1 alive after the schedule"
+                assert not alive[MADE], f"{alive[MADE]} carried alive after the schedule"
                 assert not alive[SENT], f"{alive[SENT]} outputs alive after the schedule"
-                if self.chunks[0].config.architecture != "transformer":  # which keeps its last
+                config = self.chunks[0].config
+                carries = find_architecture(config.architecture).carries(config)
+                if any(carries):  # a plain Transformer keeps its last
                     assert not alive[RECEIVED], f"{alive[RECEIVED]} received alive after it"
                 self.flights.clear()
                 return result
@@ -164,14 +170,15 @@ class Watch:
         training.get_forward_backward_func = get_forward_backward_func
 
     def check_modules(self) -> None:
-        """No V1 and no gate logits on any module."""
+        """No tensor on any layer or its attention: parameters and buffers are kept elsewhere."""
         layers = [m for chunk in self.chunks for m in chunk.modules()]
-        layers = [layer for layer in layers if isinstance(layer, ValueResidualLayer)]
+        layers = [layer for layer in layers if isinstance(layer, TransformerLayer)]
         assert layers
         for layer in layers:
-            for name in ("_v1", "_gate_logits"):
-                left = getattr(layer.self_attention, name, None)
-                assert left is None, f"{name} stays on layer {layer.layer_number}"
+            for name, value in (*vars(layer).items(), *vars(layer.self_attention).items()):
+                held = value if isinstance(value, list | tuple) else [value]
+                left = [item for item in held if isinstance(item, torch.Tensor)]
+                assert not left, f"{name} stays on layer {layer.layer_number}"
 
 
 def _first(tensors: Any) -> Any:
@@ -183,7 +190,7 @@ def _write(record: str, result: Any) -> None:
 
 
 def lives(record: str, argv: list[str]) -> None:
-    """Run main(), check every V1, and write what was alive when.
+    """Run main(), check all that is carried, and write what was alive when.
 
     Args:
         record: file to write, as JSON, with ".<rank>" appended.
@@ -218,9 +225,8 @@ def dies(argv: list[str], rank: int, layer_number: int, part: str) -> None:
         if len(watch.schedules) == 2 and int(os.environ["RANK"]) == rank:
             for chunk in watch.chunks:
                 for module in chunk.modules():
-                    if getattr(module, "layer_number", None) == layer_number and isinstance(
-                        module, ValueResidualLayer
-                    ):
+                    number = getattr(module, "layer_number", None)
+                    if number == layer_number and isinstance(module, TransformerLayer):
                         module.get_submodule(part).register_forward_pre_hook(fail_in_the_third)
 
     watch.before_schedule = before_schedule
@@ -243,7 +249,7 @@ def dies(argv: list[str], rank: int, layer_number: int, part: str) -> None:
                 module.mlp_norm_manager = None
     gc.collect()  # a traceback and its frames may form a cycle
     alive = watch.alive()
-    assert not alive[V1], f"{alive[V1]} V1 alive after the exception"
+    assert not alive[MADE], f"{alive[MADE]} carried alive after the exception"
 
 
 class Storages(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""V1 lives from its micro-batch's forward to its backward, and not a moment longer.
+"""What is carried lives from its micro-batch's forward to its backward, not a moment longer.
 
 See liveness.py for how storages are watched.
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from megatron_satformer.model.architectures import PLAIN
+from tests.parallel.layouts import CARRYING, GATED, MIXING
 from tests.small import PP2, SHAPE
 
 MICRO_BATCHES = 4  # as SHAPE has them
@@ -23,7 +25,7 @@ class Layout:
     pp: int = 1
     virtual: int = 1
     model: str = ""
-    keeps: tuple[int, ...] = (1, 1, 1, 1)  # per rank: V1 stored per chunk in flight
+    keeps: int = 1  # V1 kept for each of the model's first chunk in flight; others read what came
 
     def most_in_flight(self, rank: int) -> int:
         """Chunks whose forward has run and whose backward has not, at most: 1F1B."""
@@ -40,22 +42,23 @@ LAYOUTS = {
     "PP2": Layout(PP2, pp=2),
     "PP2, uniform recompute": Layout(f"{PP2} {FULL} uniform", pp=2),
     "PP2 x 2 virtual": Layout(VIRTUAL, pp=2, virtual=2),
-    # One layer per chunk, and its recomputation starts from the packed tensor.
+    # One layer per chunk, and its recomputation starts from what the chunk got.
     "PP2 x 2 virtual, uniform recompute": Layout(
-        f"{VIRTUAL} {FULL} uniform", pp=2, virtual=2, keeps=(0, 0)
+        f"{VIRTUAL} {FULL} uniform", pp=2, virtual=2, keeps=0
     ),
     "PP4": Layout("--pipeline-model-parallel-size 4", pp=4),
     "PP4, the last layer mixes": Layout(
         "--pipeline-model-parallel-size 4",
         pp=4,
         model="--value-residual-last-k 1",
-        keeps=(1, 0, 0, 1),  # the stages between only forward it
     ),
 }
-FAST = {
-    ("PP2", "satformer"),
-    ("PP2 x 2 virtual", "satformer"),
-}
+CASES = [
+    (name, architecture)
+    for name, layout in LAYOUTS.items()
+    for architecture in (MIXING if layout.model else CARRYING)
+]
+FAST = [(layout, name) for layout in ("PP2", "PP2 x 2 virtual") for name in GATED]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def lives(zygote, tmp_path_factory):
             path = tmp_path_factory.mktemp("lives") / "record"
             argv = [*SHAPE, *MOCK, "--train-iters", "2", *layout.flags.split()]
             argv += ["--architecture", architecture]
-            if architecture != "transformer":
+            if architecture in MIXING:
                 argv += layout.model.split()
             call = "tests.parallel.liveness:lives"
             job = zygote.run(layout.pp, call=call, args=[str(path), argv])
@@ -84,30 +87,32 @@ def lives(zygote, tmp_path_factory):
     ("layout", "architecture"),
     [
         pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id=" - ".join(case))
-        for case in ((name, a) for name in LAYOUTS for a in ("satformer", "resformer"))
+        for case in CASES
     ],
 )
-def test_v1_lives_as_long_as_its_micro_batch(lives, layout, architecture):
-    # That each V1 is dead after its own backward, and all after a step, is asserted on the ranks.
+def test_what_is_carried_lives_as_long_as_its_micro_batch(lives, layout, architecture):
+    # That all of it is dead after its own backward, and after a step, is asserted on the ranks.
     layout = LAYOUTS[layout]
-    mine, plain = lives(layout, architecture), lives(layout, "transformer")
+    mine, plain = lives(layout, architecture), lives(layout, PLAIN)
     for rank in range(layout.pp):
         for schedule, theirs in zip(mine[rank], plain[rank], strict=True):
             events = schedule["events"]
             most = 0 if schedule["forward_only"] else layout.most_in_flight(rank)
             assert max(in_flight for _, in_flight, *_ in events) == most
-            for _, in_flight, v1, _, _ in events:
-                assert v1 == in_flight * layout.keeps[rank]
-            # What carries V1 between stages lives no longer than the plain Transformer's hidden
+            if architecture in MIXING:
+                for _, _, starting, made, _, _ in events:
+                    assert made == starting * layout.keeps
+            # What carries it between stages lives no longer than the plain Transformer's hidden
             # states: outputs are freed once sent (deallocate_pipeline_outputs).
             assert schedule["forward_only"] == theirs["forward_only"]
             for own, reference in zip(events, theirs["events"], strict=True):
-                assert own[:2] == reference[:2]
-                assert all(a <= b for a, b in zip(own[3:], reference[3:], strict=True))
+                assert own[:3] == reference[:3]
+                assert all(a <= b for a, b in zip(own[4:], reference[4:], strict=True))
 
 
 @pytest.mark.parametrize(
-    "architecture", ["satformer", pytest.param("resformer", marks=pytest.mark.slow)]
+    "architecture",
+    [name if name in GATED else pytest.param(name, marks=pytest.mark.slow) for name in CARRYING],
 )
 @pytest.mark.parametrize(
     ("layer", "part"),
@@ -135,7 +140,7 @@ def fifty_steps(zygote, tmp_path_factory):
     """(architecture, rank) -> after every step: bytes of live tensors, bytes of the process."""
     folder = tmp_path_factory.mktemp("memory")
     made = {}
-    for architecture in ("transformer", "satformer", "resformer"):
+    for architecture in (PLAIN, *CARRYING):
         argv = [*SHAPE, *MOCK, *VIRTUAL.split(), "--train-iters", str(LAST_STEP)]
         argv += ["--seq-length", str(SEQUENCE), "--max-position-embeddings", str(SEQUENCE)]
         argv += ["--eval-iters", "0", "--architecture", architecture]
@@ -165,4 +170,4 @@ def test_process_grows_no_more_than_with_a_plain_transformer(fifty_steps):
         LAST_STEP - WARM_STEPS
     ) * one_v1  # one V1 per step; one per micro-batch is four times it
     for (architecture, rank), growth in grown.items():
-        assert growth - grown["transformer", rank] < leak, (architecture, grown)
+        assert growth - grown[PLAIN, rank] < leak, (architecture, grown)
