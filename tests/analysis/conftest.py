@@ -1,11 +1,6 @@
-from dataclasses import asdict
-
 import pytest
-import torch
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
+from tests.models import build_twin, save_exported
 
 SHAPE = {
     "vocab_size": 400,
@@ -24,14 +19,7 @@ def build_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
     def build(**options):
-        torch.manual_seed(0)
-        reference = ReferenceModel(ReferenceConfig(**SHAPE, **options)).eval()
-        values = asdict(reference.config)
-        rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-        config = SATFormerConfig(**values, rope_parameters=rope, max_position_embeddings=64)
-        model = SATFormerForCausalLM(config)
-        model.load_state_dict(reference.state_dict())
-        model.save_pretrained(tmp_path / "hf")
-        return tmp_path / "hf", reference
+        reference = build_twin(**SHAPE, **options, scale=0.0).eval()
+        return save_exported(reference, tmp_path / "hf", max_position_embeddings=64), reference
 
     return build

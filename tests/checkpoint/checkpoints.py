@@ -3,13 +3,15 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
 
 from megatron_satformer.checkpoint.convert.names import convert_to_megatron, iterate_names
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.model.reference.decoder import ReferenceConfig, ReferenceModel
+from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.reference.decoder import Decoder
+from tests.models import build_exported_config, build_twin
 
 VOCABULARY, PADDED = 60, 128
 SHAPE = {
@@ -23,22 +25,15 @@ SHAPE = {
 }
 
 
-def build_reference(**options) -> ReferenceModel:
-    torch.manual_seed(0)
-    model = ReferenceModel(ReferenceConfig(**{**SHAPE, **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+def build_reference(**options) -> Decoder:
+    return build_twin(**{**SHAPE, **options}, scale=0.2)
 
 
-def build_args(config: ReferenceConfig, **changes) -> Namespace:
+def build_args(config: Any, **changes) -> Namespace:
     """Megatron's arguments for the model, as far as an export reads them."""
     args = Namespace(
         architecture=config.architecture,
-        value_gate=config.value_gate,
-        value_gate_bias=config.value_gate_bias,
-        value_residual_last_k=config.value_residual_last_k,
+        **{n: getattr(config, n) for n in find_architecture(config.architecture).model_options},
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
@@ -71,15 +66,9 @@ def build_args(config: ReferenceConfig, **changes) -> Namespace:
     return args
 
 
-def build_hf_config(config: ReferenceConfig) -> SATFormerConfig:
-    values = {**vars(config)}
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    return SATFormerConfig(**values, rope_parameters=rope)
-
-
 def write_checkpoint(
     folder: Path,
-    model: ReferenceModel,
+    model: Decoder,
     step: int = 20,
     stacked: bool = False,
     drop: str | None = None,
@@ -97,7 +86,7 @@ def write_checkpoint(
         extra: Further tensors.
         changes: Of the arguments.
     """
-    config = build_hf_config(model.config)
+    config = build_exported_config(model.config)
     state = {key: value.detach() for key, value in model.state_dict().items()}
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, list[torch.Tensor]] = {}

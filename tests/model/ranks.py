@@ -95,7 +95,7 @@ def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[Any, An
         tie_word_embeddings=tied,
         **{name: shape[name] for name in own if name in shape},
     )
-    return model, build_exported_config(architecture, model.config)
+    return model, build_exported_config(model.config)
 
 
 def entries(model: Any, of: Callable[[Any], Any]) -> Iterator[tuple[str, tuple[slice, ...], Any]]:
