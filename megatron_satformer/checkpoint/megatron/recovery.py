@@ -111,6 +111,18 @@ def find_recovery(load: Path, ckpt_step: int | None = None) -> Recovery | None:
     )
 
 
+def find_start(load: Path) -> int:
+    """The step that a run goes on from; 0 if there is none, or none is whole."""
+    try:
+        found = find_recovery(load)
+    except ValueError:
+        return 0
+    if found is not None:
+        return found.step or 0
+    named = (load / TRACKER).read_text().strip() if (load / TRACKER).exists() else ""
+    return int(named) if named.isdecimal() else 0
+
+
 def _find_torn(load: Path, ckpt_step: int | None) -> str:
     """What keeps Megatron from loading what the tracker names, a phrase; "" if nothing does."""
     tracker = load / TRACKER

@@ -11,6 +11,7 @@ from megatron_satformer.checkpoint.megatron.reader import TRACKER
 from megatron_satformer.checkpoint.megatron.recovery import (
     Recovery,
     find_recovery,
+    find_start,
     find_step_damage,
     recover,
 )
@@ -158,6 +159,20 @@ def test_a_folder_that_cannot_be_written_is_refused(load):
     (load / f"{TRACKER}.partial").mkdir()  # in place of a read-only disk, which root does not see
     with pytest.raises(ValueError, match=r"must be writable to be mended .* hold 30, the newest"):
         recover(options(load))
+
+
+def test_the_step_that_a_run_goes_on_from(load):
+    assert find_start(load / "nowhere") == 0
+    assert find_start(load) == 30
+    (load / TRACKER).write_text("20")
+    assert find_start(load) == 20
+    cut(weights(load / "iter_0000020"))
+    assert find_start(load) == 30
+    for step in (10, 30):
+        cut(weights(load / f"iter_00000{step}"))
+    assert find_start(load) == 0
+    (load / TRACKER).unlink()
+    assert find_start(load) == 0
 
 
 def test_another_format_is_told_later(load):
