@@ -81,8 +81,7 @@ def run_python(
             while code is None:
                 time.sleep(0.1)
                 code = child.poll()  # before reading: nothing is written after it
-                text = rest + reader.read() + "\n" * (code is not None)
-                *lines, rest = text.split("\n")
+                *lines, rest = (rest + reader.read() + "\n" * (code is not None)).split("\n")
                 for line in filter(str.strip, lines):
                     told.append(line)
                     shown = take(line) or shown

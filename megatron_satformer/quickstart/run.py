@@ -18,13 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_satformer.files.atomic import AtomicFile, write_atomically
+from megatron_satformer.files.atomic import write_atomically
+from megatron_satformer.files.locks import open_locked
 from megatron_satformer.quickstart.process import MARK, StepError, end_processes, run_python
 
 INDENT = " " * 6
 OVER = "To start over: --fresh (make quickstart FRESH=1)."
-# What a tool's last line says and the final table tells anyway: times and paths.
-TOLD = re.compile(r"(?: (?:made )?in [\d.]+ s\b|: /| \(largest ).*")
+TOLD = re.compile(r"(?: (?:made )?in [\d.]+ s\b|: /| \(largest ).*")  # times, paths: ours to tell
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Run:
                 f"output ({root}) must be a new or empty folder or one that the quickstart made; "
                 f"it holds {', '.join(inside[:3])}. Choose another with --output."
             )
-        self.lock = AtomicFile(self.root / MARK / "lock")  # until the end of this process
+        (self.root / MARK).mkdir(parents=True, exist_ok=True)
+        busy = f"output ({root}) is in use by another quickstart. Wait for it, or choose another."
+        self.lock = open_locked(self.root / MARK / "lock", os.O_RDWR | os.O_CREAT, busy)
         end_processes(self.root)  # of a run that was killed
         if fresh:
             names = ["logs", *(name for step in steps for name in step.outputs)]

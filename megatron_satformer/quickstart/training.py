@@ -38,8 +38,7 @@ def train(run: Run) -> str:
     ranks, device = 1 if gpus == 1 else 2, "GPU" if gpus else "CPU"
     tqdm.write(f"{INDENT}{ranks} x {device}, a pipeline stage each; Megatron prints to train.log")
     # One thread each: the processes compute at the same time. A higher number from outside stays.
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    on_cpu = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo"}
+    cpu = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "GLOO_SOCKET_IFNAME": "lo"}
     result = ""
 
     def take(line: str) -> str:
@@ -62,7 +61,7 @@ def train(run: Run) -> str:
         return told
 
     layout = f"{ranks} pretrain_satformer.py --pipeline-model-parallel-size {ranks}"
-    run.python(f"{LAUNCH} {layout} {run.step.commands}", take, {} if gpus else on_cpu)
+    run.python(f"{LAUNCH} {layout} {run.step.commands}", take, {} if gpus else cpu)
     if not result:
         raise StepError(f"it ended well but {run.log} has no validation loss.")
     return result

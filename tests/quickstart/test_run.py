@@ -43,7 +43,7 @@ def go(tmp_path, capsys):
         ]
         run = Run(tmp_path / "run", steps, fresh)
         code = run.go()
-        run.lock.file.close()  # as the end of the process would
+        os.close(run.lock)  # as the end of the process would
         told = capsys.readouterr()
         return code, done, told.out + told.err
 
@@ -153,7 +153,7 @@ def test_a_stopped_step_goes_on_where_it_saved_and_keeps_its_time(tmp_path, monk
         step = Step("corpus", "", {"corpus": ""}, command, work, lambda run, damage: f"on{damage}")
         run = Run(tmp_path / "run", [step])
         code = run.go()
-        run.lock.file.close()
+        os.close(run.lock)
         return code, capsys.readouterr().out
 
     assert go(work)[0] == 1
@@ -190,7 +190,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, fresh):
 def test_one_run_at_a_time(tmp_path):
     step = Step("corpus", "", {"corpus": ""}, "")
     first = Run(tmp_path / "run", [step])
-    with pytest.raises(ValueError, match="is being written by another process"):
+    with pytest.raises(ValueError, match="is in use by another quickstart"):
         Run(tmp_path / "run", [step], fresh=True)
-    first.lock.file.close()
+    os.close(first.lock)
     Run(tmp_path / "run", [step])
