@@ -59,6 +59,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
+from megatron_satformer.checkpoint.megatron.recovery import recover
 from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
 from megatron_satformer.cli import only_rank_0_speaks, usage_errors
 from megatron_satformer.data.training.index_cache import (
@@ -345,6 +346,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             preview = arguments.preview_arguments()
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
+        recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))

@@ -1,5 +1,6 @@
-"""tools/install.sh finds the right Python, or says in one sentence what to install."""
+"""tools/install.sh finds the right Python, or says what to install, and makes .venv of it."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -167,3 +168,145 @@ def test_constraints_are_exact():
     names = [line.partition("==")[0].lower() for line in pins]
     assert len(set(names)) == len(names)
     assert "apex" not in names  # the package of that name is an unrelated project
+
+
+TOOLS = "chmod cp cut du flock grep mkdir mv rm sed sha256sum sleep tail touch".split()
+# Answers as an interpreter does, and writes down what pip is asked for. `venv` makes another one.
+FAKE_PYTHON = r"""
+case "$1 $2" in
+    "-m venv") [[ -z ${DIE_IN_VENV:-} ]] || kill -9 $PPID
+        mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+    "-m pip") echo "$*" >>"$HOME/pip"
+        [[ $3 != install ]] || { echo "Collecting torch"; exit "${PIP_FAILS:-0}"; } ;;
+    "-c import sys;"*) echo "$0" ;;
+    tools/system_torch.py*) echo "keeping torch" ;;
+    "-c "*) echo "/base ${FAKE_VERSION:-3.12}" ;;
+    "- ") read -r _ first; cat >/dev/null
+        [[ $first == importlib* ]] && echo "torch 9" || echo "3.12 ok $0" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(machine):
+    """A checkout on a machine that has one Python."""
+    for name in TOOLS:
+        (machine / "bin" / name).symlink_to(shutil.which(name))
+    for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+        (machine / "checkout" / name).write_text(name)
+    add_command(machine / "bin/python3.12", FAKE_PYTHON)
+    return machine / "checkout"
+
+
+def install(checkout, code=0, **environment):
+    """Installs; returns what was told, and pip's installations by their last words."""
+    pip = checkout.parent / "pip"
+    pip.write_text("")
+    done = subprocess.run(
+        ["bash", "tools/install.sh"],
+        cwd=checkout,
+        env={"PATH": str(checkout.parent / "bin"), "HOME": str(checkout.parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    calls = [line.split()[-1] for line in pip.read_text().splitlines() if " install " in line]
+    return done.stdout + done.stderr, calls
+
+
+PACKAGES = ["setuptools>=77", ".[data,dev,eval,hf,logging]"]
+
+
+def test_installs_once(checkout):
+    told, packages = install(checkout)
+    assert packages == PACKAGES
+    assert "torch 9" in told
+    assert "Installed in" in told
+    assert install(checkout) == ("", [])
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "pyproject.toml", "setup.py"])
+def test_another_pin_is_installed_into_the_same_environment(checkout, name):
+    install(checkout)
+    (checkout / name).write_text("changed")
+    told, packages = install(checkout)
+    assert "continuing in .venv" in told
+    assert packages == PACKAGES
+
+
+def test_killed_in_the_empty_environment(checkout):
+    install(checkout, code=-9, DIE_IN_VENV="1")
+    assert (checkout / ".venv").is_dir()
+    told, packages = install(checkout)
+    assert "replacing .venv: it is incomplete" in told
+    assert packages == PACKAGES
+    assert not list(checkout.glob(".venv.old*"))
+
+
+def test_failed_in_the_packages(checkout):
+    told, _ = install(checkout, code=1, PIP_FAILS="1")
+    assert "Collecting torch\n" in told
+    assert "pip failed (the whole log is .venv/install.log). Run the same command again" in told
+    # pip had written all of one package, and not yet the list of files of the other
+    site = checkout / ".venv/lib/python3.12/site-packages"
+    for name, files in (("whole", ["METADATA", "RECORD"]), ("half", ["METADATA"])):
+        (site / f"{name}.dist-info").mkdir(parents=True)
+        for file in files:
+            (site / f"{name}.dist-info" / file).write_text("")
+    told, packages = install(checkout)
+    assert "continuing in .venv" in told
+    assert packages == PACKAGES
+    assert [path.name for path in site.iterdir()] == ["whole.dist-info"]
+
+
+def test_moved_environment_is_made_again(checkout):
+    install(checkout)
+    moved = checkout.rename(checkout.with_name("moved"))
+    told, packages = install(moved)
+    assert "replacing .venv: it was moved or copied" in told
+    assert packages == PACKAGES
+
+
+def test_another_python_makes_it_again(checkout):
+    install(checkout)
+    python = str(checkout.parent / "bin/python3.12")
+    assert "continuing in .venv" in install(checkout, PYTHON=python)[0]
+    other = add_command(checkout.parent / "opt/python", f"FAKE_VERSION=3.13\n{FAKE_PYTHON}")
+    told, _ = install(checkout, PYTHON=str(other))
+    assert f"replacing .venv: it was built on another Python than {other}" in told
+
+
+def test_an_environment_of_somebody_else(checkout):
+    add_command(checkout / ".venv/bin/python", FAKE_PYTHON)
+    told, _ = install(checkout, code=1, VENV="system")
+    assert ".venv was not made by this script and does not fit" in told
+    told, packages = install(checkout)
+    assert "continuing in .venv" in told
+    assert packages == PACKAGES
+
+
+def test_system_keeps_its_mode_after_a_kill(checkout):
+    install(checkout, code=-9, DIE_IN_VENV="1", VENV="system")
+    told, packages = install(checkout)
+    assert "replacing .venv: it is incomplete" in told
+    assert packages == PACKAGES
+    assert (checkout / ".venv/.satformer-mode").read_text() == "system\n"
+    told, _ = install(checkout, VENV="own")
+    assert "replacing .venv: it was made with VENV=system" in told
+
+
+def test_waits_for_another_installation(checkout):
+    with (checkout / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            ["bash", "tools/install.sh"],
+            cwd=checkout,
+            env={"PATH": str(checkout.parent / "bin"), "HOME": str(checkout.parent)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert second.stdout.readline() == "Another installation is running: waiting for it.\n"
+        assert not (checkout / ".venv").exists()
+    assert second.communicate(timeout=60)[0].endswith(" s.\n")
+    assert second.returncode == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.cli import ToolParser, run_tool
-from megatron_satformer.quickstart.main import run_quickstart
+from megatron_satformer.quickstart.steps import run_quickstart
 
 
 def _parser() -> ToolParser:
@@ -15,12 +15,13 @@ def _parser() -> ToolParser:
         "--output", default="runs/quickstart", help="Folder of the run; a new or an earlier one."
     )
     parser.add_argument("--fresh", action="store_true", help="Remove the earlier run first.")
-    parser.add_argument("--train-iters", type=int, help="Training steps, instead of the recipe's.")
+    parser.add_argument("--train-iters", type=int, default=200, help="Training steps.")
     return parser
 
 
 def main() -> None:
     """Parses the flags and runs what is missing."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # also into a file
     sys.exit(run_quickstart(**vars(_parser().parse_args())))
 
 

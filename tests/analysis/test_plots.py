@@ -57,3 +57,14 @@ def test_gates(tmp_path, drawn):
     }
     assert [axes.get_ylabel() for axes in drawn[0].axes[2:]] == ["alpha", "share of tokens (%)"]
     assert is_picture(tmp_path / "gates.png")
+
+
+def test_the_command_compares_with_counting(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(plots, "read_losses", lambda tensorboard, log: LOSSES)
+    entropies = {("data", "95,5,0", 10): 6.25}
+    monkeypatch.setattr(plots, "unigram_entropy", lambda *args: entropies[args])
+    argv = f"plots --tensorboard-dir x --save {tmp_path} --data-path data --split 95,5,0"
+    monkeypatch.setattr("sys.argv", [*argv.split(), "--vocab-size", "10"])
+    plots.main()
+    curves = {line.get_label().split()[0]: line for line in drawn[0].axes[0].lines}
+    assert list(curves["unigram"].get_ydata()) == [6.25, 6.25]

@@ -1,130 +1,102 @@
-import io
-import itertools
-from dataclasses import replace
-from pathlib import Path
+import os
 
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
 
-from megatron_satformer.quickstart import checkpoints, steps, training
-from megatron_satformer.quickstart.console import Console
-from megatron_satformer.quickstart.folder import RunFolder
-from megatron_satformer.quickstart.recipe import Recipe, as_flags
-from megatron_satformer.quickstart.runner import Job
+from megatron_satformer.checkpoint.megatron.reader import TRACKER
+from megatron_satformer.quickstart.process import StepError
+from megatron_satformer.quickstart.run import Run, Stamp
+from megatron_satformer.quickstart.steps import build_steps
+from megatron_satformer.quickstart.training import LAUNCH, resume_training, train
+from tests.checkpoint.megatron.test_recovery import cut, weights, write_step
 
-LINE = " iteration {:8d}/     30 | elapsed time per iteration (ms): 1000.0 | lm loss: 5.0E+00 |\n"
+LINE = (
+    " [2026-11-22 10:00:00] iteration {:8d}/      30 | consumed samples: 8 |"
+    " elapsed time per iteration (ms): 1000.0 | lm loss: 5.0E+00 |"
+)
+VALID = (
+    " validation loss at iteration 30 on validation set | lm loss value: 5.5E+00 | lm loss PPL: |"
+)
+SAVED = "  [2026-11-22] successfully saved checkpoint from iteration      10 to /x [ t 1/1 ]"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def write_checkpoint(folder, step):
-    target = folder / f"iter_{step:07d}"
-    tensors = {f"layer{n}": torch.randn(40, 50) for n in range(3)}
-    save(tensors, storage_writer=FileSystemWriter(target), no_dist=True)
-    (target / "metadata.json").write_text("{}")
-    (folder / checkpoints.TRACKER).write_text(str(step))
-    return target
+@pytest.fixture
+def run(tmp_path):
+    """At the training step, stopped after the checkpoint of step 20."""
+    run = Run(tmp_path / "run", build_steps(30))
+    run.step = run.steps[3]
+    (run.root / "checkpoints").mkdir()
+    for step in (10, 20):
+        write_step(run.root / "checkpoints", step)
+    run.log.write_text("as it was")
+    return run
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(run):
+    assert resume_training(run, []) == "goes on from the checkpoint of step 20"
+    cut(weights(run.root / "checkpoints" / "iter_0000020"))
+    assert resume_training(run, []) == "goes on from the checkpoint of step 10"
+
+
+def test_a_checkpoint_of_the_right_length_that_was_changed_is_removed(run):
+    damage = ["checkpoints/iter_0000020/__0_0.distcp", "checkpoints/iter_0000020/.metadata"]
+    assert resume_training(run, damage) == "goes on from the checkpoint of step 10"
+    assert sorted(os.listdir(run.root / "checkpoints")) == ["iter_0000010", TRACKER]
+
+
+@pytest.mark.parametrize("why", ["curve", "log", "checkpoints"])
+def test_training_starts_over(run, why):
+    damage = ["tensorboard/events.out"] if why == "curve" else []
+    if why == "log":
+        run.log.unlink()
+    if why == "checkpoints":
+        for step in (10, 20):
+            cut(run.root / "checkpoints" / f"iter_00000{step}" / ".metadata")
+    assert resume_training(run, damage) == ""
 
 
 @pytest.fixture
-def job(tmp_path):
-    """A training step, begun before, stopped after the checkpoint of step 20."""
-    folder = RunFolder(tmp_path / "run")
-    for step in (10, 20):
-        write_checkpoint(folder.root / "checkpoints", step)
-    (folder.root / "tensorboard").mkdir()
-    (folder.root / "train.log").write_text("".join(LINE.format(n) for n in range(1, 26)))
-    step = next(step for step in steps.build_steps(Recipe()) if step.name == "train")
-    return Job(step, folder, Console(io.StringIO()), "key", {}, {}, resumable=True)
+def megatron(run, monkeypatch):
+    """Plays Megatron, which prints these lines; returns its command and environment."""
+    seen = []
+
+    def python(command, take, environment):
+        seen.append((command, environment, [take(line) for line in run.lines]))
+
+    monkeypatch.setattr(run, "python", python)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: run.gpus)
+    run.gpus, run.lines = 0, [VALID]
+    run.save_stamp(Stamp("key"))
+    return seen
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_layout(run, megatron, gpus, ranks):
+    run.gpus = gpus
+    train(run)
+    [(command, environment, _)] = megatron
+    assert command.startswith(f"{LAUNCH} {ranks} pretrain_satformer.py ")
+    assert f"--pipeline-model-parallel-size {ranks} --architecture satformer" in command
+    assert ("OMP_NUM_THREADS" in environment) == (gpus == 0)
 
 
-def test_training_goes_on(job):
-    assert training.prepare_training(job) == "goes on from the checkpoint of step 20"
-    assert checkpoints.last_step(job.root / "checkpoints") == 20
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: cut(next(folder.glob("*.distcp"))),
-        lambda folder: cut(folder / ".metadata"),
-        lambda folder: next(folder.glob("*.distcp")).unlink(),
-        lambda folder: (folder / "metadata.json").unlink(),
-    ],
-)
-def test_a_checkpoint_that_is_not_whole_is_passed_over(job, damage):
-    damage(job.root / "checkpoints" / "iter_0000020")
-    assert training.prepare_training(job) == "goes on from the checkpoint of step 10"
-    assert checkpoints.last_step(job.root / "checkpoints") == 10
-    assert not (job.root / "checkpoints" / "iter_0000020").exists()
-
-
-def test_a_checkpoint_that_was_changed_is_passed_over(job):
-    job.damage = {"checkpoints/iter_0000020/__0_0.distcp": "was changed"}
-    assert training.prepare_training(job) == "goes on from the checkpoint of step 10"
-
-
-@pytest.mark.parametrize("content", ["", "40", "x"])
-def test_a_wrong_tracker_is_put_right(job, content):
-    (job.root / "checkpoints" / checkpoints.TRACKER).write_text(content)
-    assert training.prepare_training(job) == "goes on from the checkpoint of step 20"
-    assert checkpoints.last_step(job.root / "checkpoints") == 20
-
-
-@pytest.mark.parametrize("why", ["options", "history", "log", "none"])
-def test_training_starts_over(job, why):
-    if why == "options":
-        job.resumable = False
-    elif why == "history":
-        job.damage = {"tensorboard/events.out": "is missing"}
-    elif why == "log":
-        (job.root / "train.log").write_text(LINE.format(1))
-    else:
-        for step in (10, 20):
-            cut(job.root / "checkpoints" / f"iter_{step:07d}" / ".metadata")
-    assert training.prepare_training(job) == ""
-    assert not any((job.root / name).exists() for name in training.OUTPUTS)
-
-
-def test_flags_of_training():
-    recipe = Recipe()
-    command = training.training_command(Path("/run"), recipe, ranks=2)
-    flags = dict(itertools.pairwise(command))
-    assert flags["--pipeline-model-parallel-size"] == flags["--nproc-per-node"] == "2"
-    assert flags["--load"] == flags["--save"] == "/run/checkpoints"
-    assert flags["--train-iters"] == str(recipe.train_iters)
-    assert "--save" not in training.training_command(Path("/run"), recipe, ranks=2, save=False)
-    assert as_flags({"a_b": 1}) == ["--a-b", "1"]
-
-
-def test_a_short_run_is_validated_and_saved_too():
-    options = replace(Recipe(), train_iters=8).training_options()
-    assert options["eval_interval"] == options["save_interval"] == 4
-    assert options["lr_warmup_iters"] < 8
-
-
-def test_console_lines_of_training(job):
-    stream = job.console.stream
-    progress = training._Progress(job, replace(Recipe(), train_iters=30))
-    live = [
-        progress.take(line)
-        for line in (
-            *(LINE.format(n) for n in (1, 9, 10)),
-            " validation loss at iteration 10 | lm loss value: 5.5E+00 | lm loss PPL: 2E+02 | ",
-            "  [2026-11-22] successfully saved checkpoint from iteration      10 to /x [ t 1/1 ]",
-            "whatever else",
-        )
+def test_what_is_shown_of_the_log(run, megatron, capsys):
+    run.lines = [*(LINE.format(n) for n in (1, 9, 10, 30)), VALID, SAVED, "whatever else"]
+    assert train(run) == "step 30   validation loss 5.500"
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert [line.strip() for line in told] == [
+        "step 1/30   loss 5.000   2,048 tokens/s",
+        "step 10/30   loss 5.000   2,048 tokens/s",
+        "step 30/30   loss 5.000   2,048 tokens/s",
+        "step 30   validation loss 5.500",
+        "step 10   checkpoint saved",
     ]
-    told = [line.strip() for line in stream.getvalue().splitlines()]
-    assert [line.split("   ")[:2] for line in told] == [
-        ["step  1/30", "loss 5.000"],
-        ["step 10/30", "loss 5.000"],
-        ["step 10/30", "validation loss 5.500"],
-        ["step 10/30", "checkpoint saved"],
-    ]
-    assert live[1] == "step 9/30   loss 5.000   2,048 tokens/s   about 21.0 s left"
-    assert live[3:] == ["", "", ""]
+    live = megatron[0][2]
+    assert live[1] == "step 9/30   loss 5.000   2,048 tokens/s   about 00:21 left"
+    assert live[-1] == ""
+
+
+def test_an_end_without_validation_is_a_failure(run, megatron):
+    run.lines = [LINE.format(1)]
+    with pytest.raises(StepError, match="has no validation loss"):
+        train(run)

@@ -1,0 +1,176 @@
+"""Goes on from the newest whole step where a kill or a full disk has torn the last one.
+
+Megatron (0.19.2) writes the files of a step and then the tracker, all in place, and trusts the
+tracker at the next start: it ends without a word when that is empty, and fails on some rank when
+the step is not whole. Nothing is removed here: a torn folder is passed over, and Megatron writes
+over it when it saves that step again. Must not know: models, process groups.
+"""
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_satformer.checkpoint.megatron.damage import find_damage
+from megatron_satformer.checkpoint.megatron.reader import STEP_FOLDER, TRACKER
+from megatron_satformer.files.atomic import write_atomically
+
+WAIT = 120.0  # seconds that a rank leaves to rank 0; reading the lists of a large model takes long
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a run goes on from in place of what the tracker names.
+
+    Attributes:
+        torn: What is not whole, a phrase.
+        step: Newest whole step; None where no save was ever completed.
+    """
+
+    torn: str
+    step: int | None
+
+
+def recover(args: Namespace) -> None:
+    """Lets the tracker of --load name a whole step, on rank 0, and says so in one line.
+
+    The other ranks need it where they read the tracker before any process group exists, and then
+    wait for rank 0; else they read it long after, in Megatron's load.
+
+    Args:
+        args: Megatron's, not yet validated.
+
+    Raises:
+        ValueError: If no step is whole, or the one that is asked for is not.
+    """
+    early = args.use_checkpoint_args or args.from_transformer
+    if args.load is None or args.ckpt_format != "torch_dist" or not (args.rank == 0 or early):
+        return
+    load = Path(args.load)
+    if args.ckpt_step:
+        _check_step(load, args.ckpt_step)
+    if args.rank != 0:
+        _await_rank_0(load, args.ckpt_step)
+    elif found := find_recovery(load, args.ckpt_step):
+        _mend(load, found)
+
+
+def _await_rank_0(load: Path, ckpt_step: int | None) -> None:
+    end = time.monotonic() + WAIT
+    while (found := find_recovery(load, ckpt_step)) and found.step and time.monotonic() < end:
+        time.sleep(POLL)
+
+
+def _mend(load: Path, found: Recovery) -> None:
+    if found.step is None:
+        print(f"WARNING: {found.torn}. No save was completed: the run starts anew.", flush=True)
+        return
+    try:
+        write_atomically(load / TRACKER, str(found.step).encode())
+    except OSError as error:
+        raise ValueError(
+            f"load ({load}) must be writable to be mended ({error.strerror}): {found.torn}. "
+            f"Let {TRACKER} in it hold {found.step}, the newest whole step."
+        ) from None
+    print(
+        f"WARNING: {found.torn}. {TRACKER} in {load} now names step {found.step}, the newest whole "
+        "one; what is torn stays where it is.",
+        flush=True,
+    )
+
+
+def find_recovery(load: Path, ckpt_step: int | None = None) -> Recovery | None:
+    """Looks whether the step that the tracker names can be loaded, and if not, which can.
+
+    Args:
+        load: As given to --load.
+        ckpt_step: As given to --ckpt-step: then the tracker need only be readable.
+
+    Returns:
+        None if all is well, or nothing was ever saved there.
+
+    Raises:
+        ValueError: If no step is whole though a save was completed.
+    """
+    tracker = load / TRACKER
+    torn = _find_torn(load, ckpt_step)
+    if not torn:
+        return None
+    for step in reversed(list_steps(load)):
+        if not find_step_damage(load / STEP_FOLDER.format(step=step)):
+            return Recovery(torn, step)
+    if not tracker.exists():
+        return Recovery(torn, None)
+    raise ValueError(
+        f"load ({load}) must hold a whole checkpoint: {torn}, and no other step is whole. Copy one "
+        "there again, or remove the folder to start anew."
+    )
+
+
+def find_start(load: Path) -> int:
+    """The step that a run goes on from; 0 if there is none, or none is whole."""
+    try:
+        found = find_recovery(load)
+    except ValueError:
+        return 0
+    if found is not None:
+        return found.step or 0
+    named = (load / TRACKER).read_text().strip() if (load / TRACKER).exists() else ""
+    return int(named) if named.isdecimal() else 0
+
+
+def _find_torn(load: Path, ckpt_step: int | None) -> str:
+    """What keeps Megatron from loading what the tracker names, a phrase; "" if nothing does."""
+    tracker = load / TRACKER
+    if not tracker.exists():
+        steps = list_steps(load)
+        return f"{load} has {STEP_FOLDER.format(step=steps[-1])} but no {TRACKER}" if steps else ""
+    try:
+        named = tracker.read_text().strip()
+    except (OSError, UnicodeError):
+        return f"{tracker} cannot be read"
+    if named != "release" and not named.isdecimal():
+        return f"{tracker} must hold a step, not {named!r}"
+    if ckpt_step:
+        return ""
+    folder = load / (named if named == "release" else STEP_FOLDER.format(step=int(named)))
+    return find_step_damage(folder)
+
+
+def _check_step(load: Path, step: int) -> None:
+    folder = load / STEP_FOLDER.format(step=step)
+    if damage := find_step_damage(folder):
+        others = [str(n) for n in list_steps(load) if n != step]
+        raise ValueError(
+            f"ckpt_step ({step}) must be a whole step of load ({load}): {damage}. Use another of "
+            f"its steps ({', '.join(others) or 'there is none'})."
+        )
+
+
+def list_steps(load: Path) -> list[int]:
+    """Lists the steps that have a folder, whole or not, in their order."""
+    return sorted(int(f.name[5:]) for f in load.glob("iter_*") if f.name[5:].isdecimal())
+
+
+def find_step_damage(folder: Path) -> str:
+    """Says in a phrase what is missing of a saved step, the optimizer's state included; or ""."""
+    if any(folder.glob("mp_rank_*")):
+        return ""  # of a format without such lists, which is told later
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    for name in (".metadata", "metadata.json"):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    try:
+        json.loads((folder / "metadata.json").read_bytes())
+    except ValueError:
+        return f"{folder / 'metadata.json'} is cut short"
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except Exception:  # a cut-off pickle may raise anything
+        return f"{folder / '.metadata'} is cut short"
+    return next(iter(find_damage(folder, metadata)), "")
