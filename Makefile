@@ -37,7 +37,7 @@ test-all: install ## the whole test suite, as continuous integration runs it
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 test-oldest: install $(OLDEST) ## the exported modelling code under the oldest transformers that it supports
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/checkpoint/exported/test_modeling_satformer.py $(ARGS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/checkpoint/exported/test_modeling_decoder.py $(ARGS)
 
 $(OLDEST): | install
 	rm -rf $@ $@.new

@@ -99,9 +99,10 @@ def _payload(args: Namespace, config: DecoderConfig) -> str:
         rows //= args.tensor_model_parallel_size
     widths, hidden = boundary_widths(config), config.hidden_size
     sizes = [rows * width * config.pipeline_dtype.itemsize / 2**20 for width in widths]
+    ends = "boundary" if len(widths) == 1 else "boundaries"
     each = ", ".join(f"{width} ({width / hidden:.2f}x)" for width in widths)
     return (
-        f"{each} elements per row at {len(widths)} boundaries, where hidden states alone take "
+        f"{each} elements per row at {len(widths)} {ends}, where hidden states alone take "
         f"{hidden}; at most {max(sizes):.2f} MiB per micro-batch and rank, each way"
     )
 

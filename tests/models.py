@@ -21,12 +21,17 @@ def build_config(architecture: str = "satformer", **options: Any) -> DecoderConf
     return find_architecture(architecture).config(architecture=architecture, **options)
 
 
+def twin_class(architecture: str) -> Any:
+    """The plain twin's class."""
+    return resolve_name(find_architecture(architecture).twin)
+
+
 def build_twin(
     architecture: str = "satformer", *, seed: int = 0, scale: float = 0.3, **options: Any
 ) -> Any:
     """The plain twin with random parameters, norms and scalars included."""
     torch.manual_seed(seed)
-    twin = resolve_name(find_architecture(architecture).twin)
+    twin = twin_class(architecture)
     model = twin(twin.config_class(**options))
     model.config.architecture = architecture
     with torch.no_grad():

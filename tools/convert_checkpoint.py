@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,13 @@ def _parse_own_options(
 
     from megatron_satformer.model.architectures import find_architecture
 
-    options = find_architecture(architecture).options
+    record = find_architecture(architecture)
+    own_fields = [
+        (option.name, option.type, field(default=option.default))
+        for option in fields(record.options)
+        if option.name in record.model_options
+    ]
+    options = make_dataclass("OwnOptions", own_fields)
     own = HfArgumentParser(options, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     own.error = parser.error
     for action in own._actions:

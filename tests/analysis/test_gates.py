@@ -7,6 +7,7 @@ import torch
 
 from megatron_satformer.analysis import gates
 from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
+from megatron_satformer.model.architectures import all_architectures
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 13 * 8 + 3).astype(np.uint16)
 
@@ -19,7 +20,7 @@ def test_equals_the_reference(build_folder, options, batch):
     folder, reference = build_folder(**options)
     report = gates.measure_gates(folder, TOKENS, seq_length=8, batch=batch)
     ids = torch.from_numpy(TOKENS[: 13 * 8].astype(np.int64)).view(13, 8)
-    alphas = reference(ids).alphas
+    alphas = reference(ids).shown
     assert report.layers == [layer + 1 for layer in reference.config.mixing_layers]
     assert report.tokens == ids.numel()
     for mean, zeros, alpha in zip(report.mean, report.zeros, alphas, strict=True):
@@ -34,9 +35,11 @@ def test_reads_no_more_than_it_is_told(build_folder):
     assert gates.measure_gates(folder, TOKENS, seq_length=8, max_tokens=39).tokens == 32
 
 
-def test_a_model_without_gates_is_refused(build_folder):
-    folder, _ = build_folder(architecture="resformer")
-    with pytest.raises(ValueError, match=r"architecture \(resformer\) must be satformer"):
+@pytest.mark.parametrize("architecture", [a.name for a in all_architectures() if a.gates is None])
+def test_a_model_without_gates_is_refused(build_folder, architecture):
+    folder, _ = build_folder(architecture=architecture)
+    told = rf"architecture \({architecture}\) must be one whose layers have gates"
+    with pytest.raises(ValueError, match=told):
         gates.measure_gates(folder, TOKENS, seq_length=8)
 
 

@@ -15,8 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 
+import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer import arguments, refusals
-from megatron_satformer.model.builder import SATFormerModelBuilder
+from megatron_satformer.model.builder import DecoderModelBuilder
 from megatron_satformer.model.parameters import count_parameters
 from pretrain_satformer import build_model_config
 
@@ -68,7 +69,7 @@ def describe(flags: list[str]) -> dict:
     counted = count_parameters(model.transformer, VOCABULARY)
     return {name: getattr(args, name) for name in REPORTED} | {
         "counted": counted.embeddings + counted.layers,
-        "counted_value_residual": counted.value_residual,
+        "counted_own": counted.own,
         "built": count_built(model),
     }
 
@@ -82,7 +83,7 @@ def count_built(model) -> int:
     parallel_state.initialize_model_parallel()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
-        module = SATFormerModelBuilder(model).build_model(groups, True, True)
+        module = DecoderModelBuilder(model).build_model(groups, True, True)
     padding = 0
     for layer in module.decoder.layers:
         rows = layer.self_attention.linear_qkv.weight.shape[0]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_satformer.model.architectures import PLAIN, TABLE
+
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "examples/pretrain"
 SHELL = sorted(
@@ -19,7 +21,7 @@ SHELL = sorted(
     for path in ROOT.glob(pattern)
 )
 SIZES = ["130m", "350m", "760m", "1.3b"]
-ARCHITECTURES = ["transformer", "resformer", "satformer"]
+ARCHITECTURES = list(TABLE)
 
 # arXiv 2605.03953: parameters without and of the gates at 32000 tokens of vocabulary, peak learning
 # rate, training and warmup tokens. Four sizes.
@@ -113,11 +115,9 @@ def test_parameters(parsed, size, architecture):
     run = parsed[size, architecture]
     plain, gates, *_ = PUBLISHED[size]
     assert run["counted"] == plain
-    if architecture == "transformer":
-        assert run["counted_value_residual"] == 0
-    if architecture == "satformer":
-        assert run["counted_value_residual"] == gates
-    assert run["built"] == plain + run["counted_value_residual"]
+    own = {PLAIN: 0, "satformer": gates}
+    assert run["counted_own"] == own.get(architecture, run["counted_own"])
+    assert run["built"] == plain + run["counted_own"]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_satformer.model.architectures import TABLE
 from tests.model.ranks import build, close, mean_loss, nothing_left, start
 
 EXPERTS = {
@@ -14,7 +15,7 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
-@pytest.mark.parametrize("architecture", ["satformer", "resformer", "transformer"])
+@pytest.mark.parametrize("architecture", TABLE)
 def test_experts_alike_are_the_dense_model(on_ranks, architecture, dispatcher):
     on_ranks(1, "tests.model.test_moe:experts_alike", architecture, dispatcher)
 

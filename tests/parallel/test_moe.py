@@ -5,6 +5,8 @@ import torch
 
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
+from megatron_satformer.model.architectures import PLAIN
+from tests.parallel.layouts import CARRYING, GATED, MIXING
 from tests.small import DO, PP2, RTOL, SHAPE, SP, TP2
 
 EXPERTS = (
@@ -31,8 +33,9 @@ LAYOUTS = {
 }
 # Megatron's own Transformer beside ours: what it does not keep, nobody can.
 CONTROLS = ("TP2+SP", "PP2 x 2 virtual", "EP2")
-CASES = [("satformer", layout) for layout in LAYOUTS]
-CASES += [("resformer", layout) for layout in CONTROLS] + [("transformer", "EP2")]
+CASES = [(name, layout) for name in GATED for layout in LAYOUTS]
+CASES += [(name, layout) for name in CARRYING if name not in GATED for layout in CONTROLS]
+CASES += [(PLAIN, "EP2")]
 FAST = CASES[0], CASES[3]
 CASES = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
@@ -59,7 +62,7 @@ def test_layout_equals_one_rank(moe, pretrain, architecture, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2+SP beside EP2", "PP2 x EP2"])
-@pytest.mark.parametrize("architecture", ["satformer", "resformer"])
+@pytest.mark.parametrize("architecture", MIXING)
 def test_checkpoint_crosses_layouts_exactly(moe, pretrain, tmp_path, architecture, layout):
     """One rank -> layout -> file: a step of size zero, and every saved value as it was."""
     flags, folder, _ = moe(architecture)

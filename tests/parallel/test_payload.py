@@ -272,8 +272,9 @@ def check_report(record: Record, layout: Layout, architecture: str, groups: int)
     widths = [boundary_width(layout, architecture, groups, b) for b in boundaries]
     size = SEQUENCE * BATCH * max(widths) * 4 // (layout.tp if layout.sp else 1)
     each = ", ".join(f"{width} ({width / HIDDEN:.2f}x)" for width in widths)
+    ends = "boundary" if len(widths) == 1 else "boundaries"
     assert (
-        f"payload: {each} elements per row at {len(widths)} boundaries, where hidden states alone "
+        f"payload: {each} elements per row at {len(widths)} {ends}, where hidden states alone "
         f"take {HIDDEN}; at most {size / 2**20:.2f} MiB per micro-batch and rank, each way"
     ) in record.output
 

@@ -238,6 +238,12 @@ def _start_as(
     if not starts:
         return None
     architecture = find_architecture(str(asked))
+    for name, value in options.items():
+        if name not in architecture.model_options:
+            raise ValueError(
+                f"{name} ({value}) must be left out: it does not say what a {asked} computes, and "
+                "what that adds to a Transformer is zero here."
+            )
     given = {**architecture.model_options, **architecture.start_options, **options}
     theirs = {name: getattr(config, name) for name in (*SHARED, "rope_parameters", "qk_norm")}
     started = config_class(architecture.name)(**theirs, **given)

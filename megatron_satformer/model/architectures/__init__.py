@@ -5,12 +5,19 @@ docs/adding_an_architecture.md shows how. Nothing else in this project names an 
 tell it from the others.
 """
 
+import logging
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 
-from megatron_satformer.model.architectures.record import Architecture
+# Megatron's imports make torch look for a CUDA compiler, and say so where one is without a GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    # Megatron's optional parts that are not installed
+    warnings.simplefilter("ignore")
+    from megatron_satformer.model.architectures.record import Architecture
 
 PLAIN = "transformer"
 """What checkpoints hold that name no architecture: Megatron-LM's, and imports start from it."""

@@ -120,7 +120,8 @@ class Architecture:
             learn from there; else why not.
         start_options: options of an import from a plain Transformer, where not the defaults.
         stock: whether transformers' own Llama and Qwen3 compute it, where they have its options.
-        from_transformer: why training cannot start from a Transformer's weights; None: it can.
+        from_transformer: why training cannot start from a Transformer's weights; None: it can, and
+            its modules heed `DecoderConfig.expects_transformer`.
         gates: what `output_gates=True` gives, for the card; None: nothing.
         layers_note: exported configuration -> what the card says of its layers.
         paper: its layout in the paper's own repository; None: it is not there.
@@ -145,7 +146,7 @@ class Architecture:
     zero_start: Callable[[Any], str | None] = lambda options: None
     start_options: Mapping[str, Any] = field(default_factory=dict)
     stock: bool = False
-    from_transformer: str | None = None
+    from_transformer: str | None = "its layers read no checkpoint without its own tensors"
     gates: str | None = None
     layers_note: Callable[[Any], str] = lambda config: ""
     paper: PaperLayout | None = None

@@ -307,6 +307,7 @@ SATFORMER = Architecture(
     ),
     zero_start=why_not_from_zero,
     start_options={"value_gate": "tanh"},
+    from_transformer=None,
     gates="alpha [batch, sequence, KV heads] of\neach layer that mixes",
     layers_note=describe_mixing,
     paper=PaperLayout(

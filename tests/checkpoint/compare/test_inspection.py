@@ -7,6 +7,7 @@ import pytest
 
 from megatron_satformer.checkpoint.compare.inspection import inspect_checkpoint
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
+from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
 from tests.checkpoint import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -32,12 +33,14 @@ def test_megatron(written):
     assert (report.step, report.steps, report.problems) == (20, [10, 20], [])
     assert report.tokens == 160 * 64
     assert report.parameters["embedding"] == 128 * 24
-    assert report.parameters["gates"] == 2 * 24
+    assert report.parameters["own"] == 2 * 24
     assert report.options["layout"] == {"tensor_model_parallel_size": 2}
     assert report.tensors["embedding.word_embeddings.weight"].shape == (128, 24)
     text = str(report)
     assert "step 20, 10,240 tokens (also there: 10)" in text
     assert "value_residual_last_k 1" in text
+    assert "value_gate relu" in text
+    assert "48 that a plain Transformer has not" in text
     norm = "decoder.layers.0-2.mlp.linear_fc1.layer_norm_weight"
     assert next(line for line in text.splitlines() if norm in line).endswith("[24] fp32 x 3")
     gate = "decoder.layers.2.self_attention.value_gate.weight"
@@ -46,6 +49,26 @@ def test_megatron(written):
     assert len(text.splitlines()) < 40
     assert max(map(len, text.splitlines())) < 160
     assert str(inspect_checkpoint(written, 10)).count("step 10,") == 1
+
+
+@pytest.mark.parametrize("architecture", TABLE)
+def test_what_an_architecture_adds(architecture, tmp_path):
+    """Its parameters and its options, in either kind of folder."""
+    record = find_architecture(architecture)
+    twin = checkpoints.build_reference(architecture=architecture, attention_bias=True)
+    plain = checkpoints.build_reference(architecture=PLAIN, attention_bias=True)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (twin, plain)]
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", twin, stacked=record.config.layers_alike)
+    export_to_hf(load, tmp_path / "hf")
+    reports = [inspect_checkpoint(tmp_path / name) for name in ("ckpt", "hf")]
+    assert [report.parameters["own"] for report in reports] == [sizes[0] - sizes[1]] * 2
+    shown = {n: getattr(twin.config, n) for n in record.model_options}
+    shown = {name: value for name, value in shown.items() if value not in (None, False)}
+    for report in reports:
+        model = report.options["model"]
+        assert model["architecture"] == architecture
+        assert model == model | shown
+        assert all(f"{name} {value}" in str(report) for name, value in shown.items())
 
 
 def test_sizes_on_disk_add_up(written):
@@ -63,7 +86,7 @@ def test_json_holds_everything(written):
     assert content["all_options"]["num_layers"] == 3
     stored = content["tensors"]["decoder.final_layernorm.weight"]
     assert stored == {"shape": [24], "dtype": "fp32"}
-    assert content["parameters"]["gates"] == 48
+    assert content["parameters"]["own"] == 48
 
 
 def test_damage_is_named(written):

@@ -18,31 +18,46 @@ from megatron_satformer.checkpoint.compare.sample_tokens import (
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
 from megatron_satformer.checkpoint.megatron.model import load_megatron_model, megatron_logits
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
+from megatron_satformer.model.architectures import PLAIN
 from tests.checkpoint import checkpoints
+from tests.checkpoint.convert.cases import build_cases, stacked
 from tests.checkpoint.inputs import read_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # rounding of two programs that add up in different orders, at logits of about 10
 TOLERANCE = 1e-5
 SHORT = {"sequences": 2, "seq_length": 48}
-MODELS = [
-    ({"architecture": "transformer"}, True),
-    ({"architecture": "transformer", "qk_norm": False, "attention_bias": True}, False),
-    ({"architecture": "resformer", "value_residual_last_k": 1}, False),
-    ({"value_gate": "softmax_sigmoid", "rms_norm_eps": 0.1}, False),
-    ({"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False}, False),
-    ({"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 50.0}, False),
-]
+MODELS = build_cases(
+    {},
+    {"qk_norm": False, "attention_bias": True, "rms_norm_eps": 0.1},
+    {"num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 50.0},
+    {"value_residual_last_k": 1},
+    {"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 50.0},
+    {"value_gate": "softmax_sigmoid", "rms_norm_eps": 0.1},
+    {"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False},
+    {"mean_scale": 0.5},
+)
 
 
-@pytest.mark.parametrize(("options", "stacked"), MODELS, ids=str)
-def test_megatron_computes_the_equation(options, stacked, tmp_path):
+@pytest.mark.parametrize(("architecture", "options"), MODELS)
+def test_megatron_computes_the_equation(architecture, options, tmp_path):
     """Against the plain torch twin; padding rows are NaN in the file and in no logit."""
-    reference = checkpoints.build_reference(**options)
-    checkpoints.write_checkpoint(tmp_path, reference, stacked=stacked)
+    reference = checkpoints.build_reference(architecture=architecture, **options)
+    checkpoints.write_checkpoint(tmp_path, reference, stacked=stacked(architecture))
+    compare_with_twin(reference, tmp_path)
+
+
+def test_layers_that_are_alike_may_lie_apart(tmp_path):
+    """As Megatron saves them where it is told that they differ."""
+    reference = checkpoints.build_reference(architecture=PLAIN, qk_norm=False, attention_bias=True)
+    checkpoints.write_checkpoint(tmp_path, reference, stacked=False)
+    compare_with_twin(reference, tmp_path)
+
+
+def compare_with_twin(reference, folder: Path) -> None:
     ids = torch.randint(60, (2, 33))
     before = torch.cuda.is_available(), torch.cuda.current_device, dict(os.environ)
-    with load_megatron_model(open_checkpoint(tmp_path)) as model:
+    with load_megatron_model(open_checkpoint(folder)) as model:
         assert isinstance(model, GPTModel)
         logits = megatron_logits(model, ids, 60)
     assert logits.shape == (2, 33, 60)

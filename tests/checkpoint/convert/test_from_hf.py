@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from megatron_satformer.checkpoint.convert.from_hf import Import, import_from_hf
+from megatron_satformer.checkpoint.convert.names import iterate_names
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
 from megatron_satformer.checkpoint.megatron import release
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
 from megatron_satformer.checkpoint.megatron.release import Piece, write_release
+from megatron_satformer.model.architectures import (
+    PLAIN,
+    TABLE,
+    all_architectures,
+    find_architecture,
+)
+from megatron_satformer.model.architectures.record import Architecture
 from tests.checkpoint.checkpoints import (
     PADDED,
     VOCABULARY,
@@ -29,6 +37,9 @@ from tests.checkpoint.checkpoints import (
     build_reference,
     write_checkpoint,
 )
+from tests.checkpoint.convert.cases import build_cases, rewrite_as_before, stacked
+from tests.checkpoint.convert.test_to_hf import load_tool, run_tool
+from tests.models import save_exported
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 READ = 100
@@ -46,24 +57,36 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": 2,
 }
-OURS = {
-    "satformer": {"tie_word_embeddings": False, "value_gate_bias": True, "attention_bias": True},
-    "satformer, MHA": {"num_key_value_heads": 4, "value_residual_last_k": 1, "value_gate": "tanh"},
-    "resformer": {"architecture": "resformer", "head_dim": 6, "rms_norm_eps": 1e-5},
-    "transformer": {"architecture": "transformer", "attention_bias": True},
-}
+# as a folder of ours has a plain Transformer: with biases it is neither a Llama nor a Qwen3
+CASES = build_cases(
+    {"attention_bias": True, "head_dim": 6, "rms_norm_eps": 1e-5},
+    {"attention_bias": True, "tie_word_embeddings": False, "qk_norm": False},
+    {"value_residual_last_k": 1, "num_key_value_heads": 4},
+    {"value_gate": "tanh", "value_gate_bias": True},
+    {"mean_scale": 0.5},
+)
 STOCK = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_theta=5e5),
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False, head_dim=6),
 }
 
 
-def save_model(model: torch.nn.Module, folder: Path, dtype=torch.float32) -> Path:
-    """Every number random, norms and lambdas too; lambdas stay float32."""
+def why_not_from_zero(architecture: Architecture) -> str | None:
+    """Why a plain Transformer cannot be imported as one; None: it can."""
+    options = {**architecture.model_options, **architecture.start_options}
+    return architecture.zero_start(SimpleNamespace(**options))
+
+
+FROM_ZERO = [a.name for a in all_architectures() if why_not_from_zero(a) is None]
+ADDING = [name for name in FROM_ZERO if name != PLAIN]
+
+
+def save_model(model: torch.nn.Module, folder: Path, dtype=torch.float32, wide=()) -> Path:
+    """Every number random, norms and scalars too; those of the names in `wide` stay float32."""
     generator = torch.Generator().manual_seed(5)
     model = model.to(dtype)
     for name, parameter in model.named_parameters():
-        if "lambda" in name:
+        if name in wide:
             parameter.data = parameter.data.float()
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
         parameter.data.add_(noise.to(parameter.dtype))
@@ -89,19 +112,21 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", OURS)
-def test_hugging_face_there_and_back(tmp_path, name, dtype):
-    config = SATFormerConfig(**{**SHAPE, **OURS[name]})
-    save_model(SATFormerForCausalLM(config), tmp_path / "hf", dtype)
+@pytest.mark.parametrize(("architecture", "options"), CASES)
+def test_hugging_face_there_and_back(tmp_path, architecture, options, dtype):
+    kind = config_class(architecture)
+    config = kind(**{**SHAPE, **options})
+    wide = {part for name in iterate_names(config) if name.fp32 for part in name.hf}
+    save_model(model_class(architecture)(config), tmp_path / "hf", dtype, wide)
     made = import_from_hf(tmp_path / "hf", tmp_path / "megatron")
     export_to_hf(tmp_path / "megatron", tmp_path / "back")
     weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back")]
     same_bits(*weights)
+    assert made.architecture == architecture
     assert made.parameters == sum(tensor.numel() for tensor in weights[0].values())
-    assert {t.dtype for k, t in weights[0].items() if "lambda" in k} <= {torch.float32}
-    before, after = (
-        SATFormerConfig.from_pretrained(tmp_path / f).to_dict() for f in ("hf", "back")
-    )
+    kept = {key: torch.float32 if key in wide else dtype for key in weights[0]}
+    assert {key: tensor.dtype for key, tensor in weights[0].items()} == kept
+    before, after = (kind.from_pretrained(tmp_path / f).to_dict() for f in ("hf", "back"))
     assert {**before, "auto_map": after["auto_map"]} == after
 
 
@@ -115,11 +140,10 @@ def test_stock_models_there_and_back(tmp_path, kind):
     assert before.to_dict() == after.to_dict()
 
 
-@pytest.mark.parametrize("architecture", ["satformer", "resformer", "transformer"])
+@pytest.mark.parametrize("architecture", TABLE)
 def test_megatron_there_and_back(tmp_path, architecture):
     model = build_reference(architecture=architecture, num_key_value_heads=2)
-    stacked = architecture == "transformer"
-    write_checkpoint(tmp_path / "one", model, stacked=stacked)
+    write_checkpoint(tmp_path / "one", model, stacked=stacked(architecture))
     export_to_hf(tmp_path / "one", tmp_path / "hf")
     import_from_hf(tmp_path / "hf", tmp_path / "two")
     one, two = (read_tensors(tmp_path / folder) for folder in ("one", "two"))
@@ -165,23 +189,25 @@ def logits_of(folder: Path) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
+@pytest.mark.parametrize("architecture", FROM_ZERO)
 @pytest.mark.parametrize(
-    ("layout", "gates"),
+    "layout",
     [
-        ("--tensor-model-parallel-size 2 --sequence-parallel", False),
-        ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", True),
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ],
-    ids=["TP2, transformer", "PP2 x 2 virtual, satformer"],
+    ids=["TP2", "PP2 x 2 virtual"],
 )
-def test_megatron_computes_the_same(run, qwen, tmp_path, layout, gates):
+def test_megatron_computes_the_same(run, qwen, tmp_path, layout, architecture):
     """The flags that the import prints are those that the model needs."""
     folder, expected = qwen
     made = import_from_hf(
         folder,
         tmp_path / "megatron",
-        architecture="satformer" if gates else None,
+        architecture=architecture,
         tensor_model_parallel_size=2,
     )
+    assert made.architecture == architecture
     assert f"--padded-vocab-size {2 * 128}" in made.flags
     start = ["--skip-train", "--pretrained-checkpoint", tmp_path / "megatron"]
     logits = run(2, made, *layout.split(), *start)
@@ -190,22 +216,50 @@ def test_megatron_computes_the_same(run, qwen, tmp_path, layout, gates):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gates_of_zero_learn(run, qwen, tmp_path):
+@pytest.mark.parametrize("architecture", ADDING)
+def test_zeros_compute_the_transformer_and_learn(run, qwen, tmp_path, architecture):
     folder, expected = qwen
-    made = import_from_hf(folder, tmp_path / "start", architecture="satformer")
-    assert "NOTE: gates are zero with value_gate (tanh)" in str(made)
+    made = import_from_hf(folder, tmp_path / "start", architecture=architecture)
+    assert f"NOTE: what a {architecture} adds to a Transformer is zero" in str(made)
     export_to_hf(tmp_path / "start", tmp_path / "hf")
+    config = config_class(architecture).from_pretrained(tmp_path / "hf")
+    for name, value in find_architecture(architecture).start_options.items():
+        assert getattr(config, name) == value
+        assert f"{name} ({value})" in made.notes[0]
     torch.testing.assert_close(logits_of(tmp_path / "hf"), expected, rtol=1e-5, atol=1e-5)
+    own = {t.megatron for _, t in find_architecture(architecture).all_tensors(config)}
+    stored = read_tensors(tmp_path / "start")
+    assert own
+    assert not any(stored[key].any() for key in own)
     # a release is no finished run: --load goes on from it without --finetune too, and saves there
     run(1, made, "--load", tmp_path / "start", "--save", tmp_path / "start", "--train-iters", 4)
     checkpoint = open_checkpoint(tmp_path / "start")
     assert checkpoint.step == 4
-    gates = [checkpoint.read(key) for key in checkpoint.tensors if "value_gate" in key]
-    assert len(gates) == 3
-    assert min(gate.abs().max() for gate in gates) > 1e-3
+    learnt = [checkpoint.read(key).abs() for key in own]
+    assert all(tensor.any() for tensor in learnt)
+    # the steps of a single number may undo each other
+    assert all(tensor.max() > 1e-3 for tensor in learnt if tensor.numel() > 1)
+    assert max(tensor.max() for tensor in learnt) > 1e-3
     # the run is not an import to be replaced
     with pytest.raises(ValueError, match="holds more than an earlier import"):
         import_from_hf(folder, tmp_path / "start", overwrite=True)
+
+
+def test_gates_of_zero():
+    """Every layer but the first has a gate that starts at zero, and tanh learns from there."""
+    satformer = find_architecture("satformer")
+    assert satformer.start_options == {"value_gate": "tanh"}
+    config = config_class("satformer")(**SHAPE)
+    own = [tensor.megatron for _, tensor in satformer.all_tensors(config)]
+    assert own == [f"decoder.layers.{n}.self_attention.value_gate.weight" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("architecture", [name for name in TABLE if name not in FROM_ZERO])
+def test_what_cannot_start_from_zero_is_refused(qwen, tmp_path, architecture):
+    told = why_not_from_zero(find_architecture(architecture))
+    with pytest.raises(ValueError, match=rf"architecture \({architecture}\) cannot .*{told}"):
+        import_from_hf(qwen[0], tmp_path / "megatron", architecture=architecture)
+    assert not list(tmp_path.iterdir())
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -259,22 +313,74 @@ def test_bias_of_the_output_projection(tmp_path):
     )
 
 
-def test_epsilon_and_gates_that_cannot_be(qwen, tmp_path):
-    config = SATFormerConfig(**SHAPE, qk_norm_eps=1e-5)
-    SATFormerForCausalLM(config).save_pretrained(tmp_path / "hf")
+def test_epsilon_and_options_that_cannot_be(qwen, tmp_path):
+    config = config_class("satformer")(**SHAPE, qk_norm_eps=1e-5)
+    model_class("satformer")(config).save_pretrained(tmp_path / "hf")
     start = partial(import_from_hf, tmp_path / "hf", tmp_path / "megatron")
     with pytest.raises(ValueError, match="Megatron has one epsilon"):
         start()
     assert "which moves the logits" in str(start(accept_qk_norm_eps=True))
     for options, told in (
         ({"architecture": "transformer"}, r"architecture \(transformer\) must be left out"),
-        ({"value_gate": "tanh"}, r"value_gate \(tanh\) must only be given with"),
+        ({"options": {"value_gate": "tanh"}}, r"value_gate \(tanh\) must only be given with"),
         ({"make_vocab_size_divisible_by": 0}, r"divisible_by \(0\) must be at least 1"),
     ):
         with pytest.raises(ValueError, match=told):
             start(accept_qk_norm_eps=True, overwrite=True, **options)
-    with pytest.raises(ValueError, match=r"\(relu\) must be tanh or identity .* never open"):
-        import_from_hf(qwen[0], tmp_path / "other", architecture="satformer", value_gate="relu")
+    start = partial(import_from_hf, qwen[0], tmp_path / "other", architecture="satformer")
+    for options, told in (
+        ({"value_gate": "relu"}, r"with value_gate \(relu\) cannot .* would never open"),
+        ({"value_gate": "sigmoid"}, r"with value_gate \(sigmoid\) cannot .* starts open"),
+        ({"value_gate": "step"}, r"value_gate \(step\) must be one of"),
+        ({"value_gate_init_std": 0.1}, r"value_gate_init_std \(0\.1\) must be left out"),
+        ({"mean_scale": 2.0}, r"mean_scale \(2\.0\) must be left out"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            start(options=options)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match=r"architecture \(conformer\) must be one of"):
+        import_from_hf(qwen[0], tmp_path / "other", architecture="conformer")
+
+
+def test_command_line(qwen, tmp_path):
+    """The architecture's own options follow as flags of their own."""
+    tool = load_tool("convert_checkpoint")
+    flags = ["from-hf", "--load", str(qwen[0]), "--save", str(tmp_path / "megatron")]
+    own = ["--value-gate", "identity", "--value-gate-bias", "--value-residual-last-k", "2"]
+    code, out, _ = run_tool(tool, [*flags, "--architecture", "satformer", *own])
+    assert code == 0
+    assert "what a satformer adds to a Transformer is zero, value_residual_last_k (2)" in out
+    args = open_checkpoint(tmp_path / "megatron").args
+    assert (args.architecture, args.value_gate) == ("satformer", "identity")
+    assert (args.value_gate_bias, args.value_residual_last_k) == (True, 2)
+    assert all(flag in out for flag in ("--value-gate identity", "--value-residual-last-k 2"))
+    for wrong, told in (
+        (["--value-gate", "identity"], "unrecognized arguments: --value-gate identity"),
+        (["--architecture", "satformer", "--value-gate", "step"], "invalid choice: 'step'"),
+        (["--architecture", "transformer", "--value-gate", "tanh"], "unrecognized arguments"),
+        (["--architecture", "satformer", "--value-gat", "tanh"], "unrecognized arguments"),
+        (["--architecture", "satformer", "--value-gate", "relu"], "would never open"),
+        (["--architecture", "conformer"], "architecture (conformer) must be one of"),
+    ):
+        code, out, err = run_tool(tool, [*flags, "--overwrite", *wrong])
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: ")
+        assert told in err
+    assert open_checkpoint(tmp_path / "megatron").args.value_gate == "identity"
+
+
+@pytest.mark.parametrize("architecture", TABLE)
+def test_a_folder_from_before_each_architecture_had_its_class(tmp_path, architecture):
+    """Its model_type was satformer's and its config.json had every option, whatever it was."""
+    twin = build_reference(architecture=architecture, attention_bias=True)
+    save_exported(twin, tmp_path / "hf", max_position_embeddings=64)
+    import_from_hf(tmp_path / "hf", tmp_path / "now")
+    rewrite_as_before(tmp_path / "hf")
+    made = import_from_hf(tmp_path / "hf", tmp_path / "then")
+    assert (made.architecture, made.source) == (architecture, "satformer")
+    same_bits(*(read_tensors(tmp_path / name) for name in ("now", "then")))
+    now, then = (open_checkpoint(tmp_path / name).args for name in ("now", "then"))
+    assert now == then
 
 
 def write_shards(source: Path, folder: Path) -> Path:
@@ -360,7 +466,8 @@ def test_a_full_disk_is_one_line(qwen, tmp_path):
     """A limit on the size of a file stands for it."""
     tool = Path(__file__).resolve().parents[3] / "tools/convert_checkpoint.py"
     run = subprocess.run(
-        [sys.executable, tool, "from-hf", "--load", qwen[0], "--save", tmp_path / "megatron"],
+        # -B: Python 3.12.1 would leave compiled modules behind that are cut off as well
+        [sys.executable, "-B", tool, "from-hf", "--load", qwen[0], "--save", tmp_path / "megatron"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
         capture_output=True,
         text=True,

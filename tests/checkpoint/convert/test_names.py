@@ -8,19 +8,24 @@ from megatron_satformer.checkpoint.convert.names import (
     convert_to_megatron,
     iterate_names,
 )
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import (
+    config_class,
+    model_class,
+    model_shapes,
+)
+from tests.checkpoint.convert.cases import build_cases
 
-CASES = [
-    {"architecture": "transformer", "qk_norm": False},
-    {"architecture": "resformer", "value_residual_last_k": 2},
-    {"architecture": "satformer", "value_gate_bias": True, "attention_bias": True},
-    {"architecture": "satformer", "tie_word_embeddings": False, "num_key_value_heads": 1},
-    {"architecture": "satformer", "num_key_value_heads": 4, "value_residual_last_k": 1},
-]
+CASES = build_cases(
+    {"qk_norm": False},
+    {"attention_bias": True, "num_key_value_heads": 4},
+    {"tie_word_embeddings": False, "num_key_value_heads": 1},
+    {"value_residual_last_k": 2},
+    {"value_residual_last_k": 1, "num_key_value_heads": 4},
+    {"value_gate_bias": True, "attention_bias": True},
+)
 
 
-def build_config(**options) -> SATFormerConfig:
+def build_config(architecture: str = "satformer", **options):
     shape = {
         "vocab_size": 50,
         "hidden_size": 24,
@@ -30,20 +35,22 @@ def build_config(**options) -> SATFormerConfig:
         "num_key_value_heads": 2,
         "head_dim": 6,
     }
-    return SATFormerConfig(**{**shape, **options})
+    return config_class(architecture)(**{**shape, **options})
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
-def test_round_trip_is_exact(options):
+@pytest.mark.parametrize(("architecture", "options"), CASES)
+def test_round_trip_is_exact(architecture, options):
     """Every tensor of the exported model, once, and back without a bit of difference."""
-    config = build_config(**options)
-    model = SATFormerForCausalLM(config)
-    state = model.state_dict()
+    config = build_config(architecture, **options)
+    state = model_class(architecture)(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
+    for tensor in state.values():
+        tensor.normal_()
     back = {}
     for name in iterate_names(config):
         tensor = convert_to_megatron(name, state, config, padded_vocab_size=64)
+        assert name.own_shape in (None, tuple(tensor.shape)), name
         pieces = convert_to_hf(name, tensor, config)
         assert not set(back) & set(pieces)
         back |= pieces
@@ -52,6 +59,15 @@ def test_round_trip_is_exact(options):
         assert torch.equal(back[key], tensor), key
         assert back[key].untyped_storage().nbytes() == back[key].nbytes, key
         assert back[key].is_contiguous(), key
+
+
+def test_what_stays_float32():
+    """ResFormer's lambdas, scalars near 1..L, are too coarse in bf16; gates are not."""
+    config = build_config("resformer")
+    wide = {part for name in iterate_names(config) if name.fp32 for part in name.hf}
+    assert wide == {name for name in model_shapes(config) if "lambda" in name}
+    assert len(wide) == 2 + 3
+    assert not any(name.fp32 for name in iterate_names(build_config("satformer")))
 
 
 def test_qkv_interleave():

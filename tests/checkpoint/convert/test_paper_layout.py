@@ -10,11 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from megatron_satformer.checkpoint.convert.paper_layout import (
-    convert_from_reference,
-    convert_to_reference,
+    convert_from_paper,
+    convert_to_paper,
 )
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
+from megatron_satformer.model.architectures import TABLE, find_architecture
+from tests.checkpoint.checkpoints import build_reference
+from tests.checkpoint.convert.cases import rewrite_as_before
+from tests.checkpoint.convert.test_to_hf import load_tool, run_tool
+from tests.models import save_exported
 
 CASES = {
     "satformer": {"model_type": "SATFormer"},
@@ -35,6 +39,16 @@ CASES = {
     "resformer": {"model_type": "ResFormer", "num_kv_heads": 1, "value_residual_lambda2_init": 0.5},
     "transformer": {"model_type": "transformer", "qk_norm": False, "norm_eps": 1e-5},
     "without residual": {"model_type": "SATFormer", "use_value_residual": False},
+}
+THEIRS = [name for name in TABLE if find_architecture(name).paper is not None]
+# of each, the keys of its own in their config.json
+THEIR_OPTIONS = {
+    "transformer": set(),
+    "resformer": {"use_value_residual", "value_residual_last_k"},
+    "satformer": {
+        *("use_value_residual", "value_residual_gate"),
+        *("value_residual_proj_bias", "value_residual_last_k"),
+    },
 }
 SHAPE = {
     "hidden_size": 24,
@@ -120,7 +134,7 @@ GATES = {
 }
 
 
-def reference_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
+def paper_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
     """Ids [s] -> logits [s, vocab], as the paper's repository computes them."""
     heads, eps = config["num_heads"], config.get("norm_eps", 1e-6)
     groups = config["num_kv_heads"] or heads
@@ -159,7 +173,7 @@ def reference_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tens
     return x @ state.get("lm_head.weight", state["model.embeddings.weight"]).T
 
 
-def write_reference(folder: Path, file: str = "model.safetensors", drop=(), add=None, **options):
+def write_paper(folder: Path, file: str = "model.safetensors", drop=(), add=None, **options):
     """A folder in the paper's layout; returns its config and its tensors."""
     config = SHAPE | options
     state = {k: v for k, v in (build_state(config) | (add or {})).items() if k not in drop}
@@ -181,63 +195,120 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_logits_and_every_bit_back(tmp_path, name):
-    config, state = write_reference(tmp_path / "ref", **CASES[name])
-    convert_from_reference(tmp_path / "ref", tmp_path / "hf")
-    model = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    config, state = write_paper(tmp_path / "paper", **CASES[name])
+    convert_from_paper(tmp_path / "paper", tmp_path / "hf")
+    ours = json.loads((tmp_path / "hf" / "config.json").read_text())
+    exported = model_class(ours["architecture"])
+    model = exported.from_pretrained(tmp_path / "hf", dtype="auto").eval()
     ids = torch.randint(50, (21,), generator=torch.Generator().manual_seed(1))
-    expected = reference_logits(state, config, ids)
+    expected = paper_logits(state, config, ids)
     with torch.no_grad():
         actual = model(ids[None]).logits[0]
     assert expected.std() > 0.5
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     if config["qk_norm"]:  # the epsilon is not lost on the way
         model.config.qk_norm_eps = 1e-6
-        other = SATFormerForCausalLM(model.config).eval()
+        other = exported(model.config).eval()
         other.load_state_dict(model.state_dict())
         assert (other(ids[None]).logits[0] - expected).abs().max() > 1e-3
 
-    convert_to_reference(tmp_path / "hf", tmp_path / "back")
+    convert_to_paper(tmp_path / "hf", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
 
 
-@pytest.mark.parametrize("architecture", ["satformer", "resformer", "transformer"])
+@pytest.mark.parametrize("architecture", THEIRS)
 def test_our_folder_there_and_back(tmp_path, architecture):
     """Mixed dtypes too: lambdas stay float32 in a bf16 model."""
     shape = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     options = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    config = SATFormerConfig(**shape, **options, architecture=architecture, qk_norm_eps=1e-5)
-    model = SATFormerForCausalLM(config).to(torch.bfloat16)
+    config = config_class(architecture)(**shape, **options, qk_norm_eps=1e-5)
+    model = model_class(architecture)(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "lambda" in name:
             parameter.data = torch.rand(parameter.shape)
     model.save_pretrained(tmp_path / "hf")
-    convert_to_reference(tmp_path / "hf", tmp_path / "ref")
-    convert_from_reference(tmp_path / "ref", tmp_path / "back")
+    convert_to_paper(tmp_path / "hf", tmp_path / "paper")
+    convert_from_paper(tmp_path / "paper", tmp_path / "back")
     files = [tmp_path / name / "model.safetensors" for name in ("hf", "back")]
     same_bits(*map(load_file, files))
-    before, after = (SATFormerConfig.from_pretrained(file.parent) for file in files)
+    before, after = (config_class(architecture).from_pretrained(file.parent) for file in files)
     assert {**before.to_dict(), "auto_map": after.auto_map} == after.to_dict()
+
+
+def test_another_architecture_is_refused(tmp_path):
+    others = [name for name in TABLE if name not in THEIRS]
+    assert others
+    for name in others:
+        save_exported(build_reference(architecture=name), tmp_path / name)
+        with pytest.raises(ValueError, match=rf"architecture \({name}\) must be one of the paper"):
+            convert_to_paper(tmp_path / name, tmp_path / "paper")
+        assert not (tmp_path / "paper").exists()
+
+
+@pytest.mark.parametrize("architecture", THEIRS)
+def test_a_folder_from_before_each_architecture_had_its_class(tmp_path, architecture):
+    """Its model_type was satformer's and its config.json had every option, whatever it was."""
+    twin = build_reference(architecture=architecture, attention_bias=True)
+    save_exported(twin, tmp_path / "hf", qk_norm_eps=1e-5)
+    convert_to_paper(tmp_path / "hf", tmp_path / "now")
+    rewrite_as_before(tmp_path / "hf")
+    convert_to_paper(tmp_path / "hf", tmp_path / "then")
+    now, then = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("now", "then"))
+    assert now == then
+    assert then["model_type"] == find_architecture(architecture).paper.model_type
+    assert {key for key in then if "value_residual" in key} == THEIR_OPTIONS[architecture]
+    same_bits(*(load_file(tmp_path / f / "model.safetensors") for f in ("now", "then")))
+
+
+def test_options_that_a_former_conversion_carried_are_still_read(tmp_path):
+    """They were called reference_config."""
+    config, state = write_paper(tmp_path / "paper", **CASES["resformer"])
+    convert_from_paper(tmp_path / "paper", tmp_path / "hf")
+    rewrite_as_before(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    content = json.loads(file.read_text())
+    content["reference_config"] = content.pop("paper_config")
+    file.write_text(json.dumps(content))
+    convert_to_paper(tmp_path / "hf", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
+
+
+@pytest.mark.parametrize(
+    "commands", [("from-paper", "to-paper"), ("from-reference", "to-reference")]
+)
+def test_command_line(tmp_path, commands):
+    """Under the former names too."""
+    config, state = write_paper(tmp_path / "paper", **CASES["satformer, everything"])
+    tool, places = load_tool("convert_checkpoint"), ("paper", "hf", "back")
+    for command, load, save in zip(commands, places, places[1:], strict=False):
+        flags = ["--load", str(tmp_path / load), "--save", str(tmp_path / save)]
+        code, out, err = run_tool(tool, [command, *flags])
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{tmp_path / save}: SATFormer, ")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
 
 
 def test_torch_file_with_tied_copy(tmp_path):
     embedding = build_state(SHAPE | {"model_type": "SATFormer"})["model.embeddings.weight"]
     tied = {"lm_head.weight": embedding}
-    _, state = write_reference(
-        tmp_path / "ref", "pytorch_model.bin", add=tied, model_type="SATFormer"
+    _, state = write_paper(
+        tmp_path / "paper", "pytorch_model.bin", add=tied, model_type="SATFormer"
     )
-    convert_from_reference(tmp_path / "ref", tmp_path / "hf")
-    convert_to_reference(tmp_path / "hf", tmp_path / "back")
+    convert_from_paper(tmp_path / "paper", tmp_path / "hf")
+    convert_to_paper(tmp_path / "hf", tmp_path / "back")
     del state["lm_head.weight"]  # written once
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), state)
 
-    write_reference(
+    write_paper(
         tmp_path / "other",
         add={"lm_head.weight": embedding + 1e-3},
         model_type="SATFormer",
     )
     with pytest.raises(ValueError, match="tie_word_embeddings"):
-        convert_from_reference(tmp_path / "other", tmp_path / "no")
+        convert_from_paper(tmp_path / "other", tmp_path / "no")
 
 
 def test_wrong_keys_are_listed(tmp_path):
@@ -246,9 +317,9 @@ def test_wrong_keys_are_listed(tmp_path):
         "model.layers.0.attn.value_residual_mixing.alpha_proj.weight": torch.zeros(4, 24),
         "model.layers.2.mlp.up_proj.weight": torch.zeros(41, 24),
     }
-    write_reference(tmp_path / "ref", drop=drop, add=add, model_type="SATFormer")
+    write_paper(tmp_path / "paper", drop=drop, add=add, model_type="SATFormer")
     with pytest.raises(ValueError, match="does not hold the tensors") as error:
-        convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+        convert_from_paper(tmp_path / "paper", tmp_path / "hf")
     for told in (
         *(f"{name} is missing" for name in drop),
         "model.layers.0.attn.value_residual_mixing.alpha_proj.weight is not known",
@@ -263,30 +334,33 @@ REFUSED = {
     "window_size (8)": {"window_size": 8},
     "hidden_act (gelu)": {"hidden_act": "gelu"},
     "hidden_size (24) of": {"num_heads": 5},
-    "value_residual_last_k (1) of": {"model_type": "ResFormer", "value_residual_last_k": 1},
+    "value_residual_last_k (1) must be left out": {
+        "model_type": "ResFormer",
+        "value_residual_last_k": 1,
+    },
 }
 
 
 @pytest.mark.parametrize("told", REFUSED)
 def test_what_ours_does_not_compute_is_refused(tmp_path, told):
-    (tmp_path / "ref").mkdir()
+    (tmp_path / "paper").mkdir()
     content = SHAPE | {"model_type": "SATFormer"} | REFUSED[told]
-    (tmp_path / "ref" / "config.json").write_text(json.dumps(content))
-    save_file({"a": torch.zeros(1)}, tmp_path / "ref" / "model.safetensors")
+    (tmp_path / "paper" / "config.json").write_text(json.dumps(content))
+    save_file({"a": torch.zeros(1)}, tmp_path / "paper" / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(told)):
-        convert_from_reference(tmp_path / "ref", tmp_path / "hf")
+        convert_from_paper(tmp_path / "paper", tmp_path / "hf")
 
 
-def test_to_reference_refuses_what_the_paper_does_not_compute(tmp_path):
+def test_to_paper_refuses_what_the_paper_does_not_compute(tmp_path):
     shape = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-    for name, options in (
-        ("head_dim", {"head_dim": 8, "qk_norm_eps": 1e-5}),
-        ("value_residual_last_k", {"architecture": "resformer", "value_residual_last_k": 1}),
-        ("epsilon", {}),
+    for name, architecture, options in (
+        ("head_dim", "satformer", {"head_dim": 8, "qk_norm_eps": 1e-5}),
+        ("value_residual_last_k", "resformer", {"value_residual_last_k": 1}),
+        ("epsilon", "satformer", {}),
     ):
-        config = SATFormerConfig(**shape, num_attention_heads=4, **options)
-        SATFormerForCausalLM(config).save_pretrained(tmp_path / name)
+        config = config_class(architecture)(**shape, num_attention_heads=4, **options)
+        model_class(architecture)(config).save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=name):
-            convert_to_reference(tmp_path / name, tmp_path / "ref")
-    made = convert_to_reference(tmp_path / "epsilon", tmp_path / "ref", accept_qk_norm_eps=True)
+            convert_to_paper(tmp_path / name, tmp_path / "paper")
+    made = convert_to_paper(tmp_path / "epsilon", tmp_path / "paper", accept_qk_norm_eps=True)
     assert "which moves the logits" in str(made)

@@ -15,21 +15,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_satformer.checkpoint.convert.names import iterate_names
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
+from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
 from tests.checkpoint import checkpoints
+from tests.checkpoint.convert.cases import OWN, build_cases, stacked
 from tests.checkpoint.hugging_face.test_tokenizer import write_model
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+# with biases a plain Transformer is neither a Llama nor a Qwen3; test_plain_classes.py has those
 CASES = [
-    # the plain Transformer that neither Llama nor Qwen3 is; test_stock.py has the others
-    ({"architecture": "transformer", "qk_norm": False, "attention_bias": True}, True),
-    ({"architecture": "resformer", "value_residual_last_k": 1}, False),
-    ({"architecture": "satformer"}, False),
-    ({"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False}, False),
-    ({"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 5e5}, False),
+    *build_cases(
+        {"attention_bias": True, "qk_norm": False},
+        {"attention_bias": True, "tie_word_embeddings": False, "rope_theta": 5e5},
+        {"value_residual_last_k": 1},
+        {"value_residual_last_k": 2, "num_key_value_heads": 4, "rope_theta": 5e5},
+        {"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False},
+        {"mean_scale": 0.5},
+    ),
+    *(pytest.param(a.name, {}, id=a.name) for a in all_architectures() if not a.stock),
 ]
 
 
@@ -43,12 +50,13 @@ def load(tmp_path_factory) -> Path:
     )
 
 
-@pytest.mark.parametrize(("options", "stacked"), CASES, ids=str)
-def test_exact(options, stacked, tmp_path):
-    model = checkpoints.build_reference(**options)
-    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, stacked=stacked)
+@pytest.mark.parametrize(("architecture", "options"), CASES)
+def test_exact(architecture, options, tmp_path):
+    model = checkpoints.build_reference(architecture=architecture, **options)
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, stacked=stacked(architecture))
     made = export_to_hf(load, tmp_path / "hf")
-    exported = SATFormerForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    expected_class = model_class(architecture)
+    exported = expected_class.from_pretrained(tmp_path / "hf").eval()
     state = model.state_dict()
     assert set(state) == set(exported.state_dict())
     for key, tensor in exported.state_dict().items():
@@ -56,12 +64,17 @@ def test_exact(options, stacked, tmp_path):
     ids = torch.randint(60, (2, 17))
     torch.testing.assert_close(exported(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert (made.step, made.dtype) == (20, "fp32")
+    assert made.model_class == expected_class.__name__
     assert made.parameters == sum(p.numel() for p in model.parameters())
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert ("lm_head.weight" in file.keys()) == (not model.config.tie_word_embeddings)  # noqa: SIM118
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["architectures"] == ["SATFormerForCausalLM"]
+    assert config["architectures"] == [expected_class.__name__]
+    assert config["model_type"] == expected_class.config_class.model_type
+    stored = config | config["rope_parameters"]
+    assert stored == stored | options
+    assert OWN & config.keys() == find_architecture(architecture).model_options.keys()
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert config["eos_token_id"] == 59
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -70,19 +83,21 @@ def test_exact(options, stacked, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_dtype_and_shards(dtype, tmp_path):
-    model = checkpoints.build_reference(architecture="resformer")
-    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model)
+@pytest.mark.parametrize("architecture", TABLE)
+def test_dtype_and_shards(architecture, dtype, tmp_path):
+    model = checkpoints.build_reference(architecture=architecture, attention_bias=True)
+    load = checkpoints.write_checkpoint(tmp_path / "ckpt", model, stacked=stacked(architecture))
     made = export_to_hf(load, tmp_path / "hf", dtype=dtype, max_shard_size="8KB")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2
-    exported = SATFormerForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    exported = model_class(architecture).from_pretrained(tmp_path / "hf", dtype="auto")
+    wide = {part for name in iterate_names(exported.config) if name.fp32 for part in name.hf}
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert exported.dtype == wanted
     stored = 0
     for key, tensor in exported.state_dict().items():
-        kept = torch.float32 if "lambda" in key else wanted
+        kept = torch.float32 if key in wide else wanted
         assert tensor.dtype == kept, key
         assert torch.equal(tensor, model.state_dict()[key].to(kept)), key
         stored += tensor.nbytes * (key != "lm_head.weight")

@@ -7,18 +7,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
+from megatron_satformer.model.architectures import TABLE
 from tests.checkpoint.inputs import read_ids
 
 TOLERANCE = 1e-4  # fp32, of a logit
 GQA = "--group-query-attention --num-query-groups 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
 CASES = {
+    **{f"{name} tp2": (2, f"--architecture {name} {GQA} {TP2}") for name in TABLE},
+    **{f"{name} pp2": (2, f"--architecture {name} {GQA} {PP2}") for name in TABLE},
     "satformer": (1, GQA),
     "satformer bf16": (1, f"{GQA} --bf16"),
-    "satformer tp2": (2, f"{GQA} --tensor-model-parallel-size 2 --sequence-parallel"),
-    "satformer pp2": (2, "--pipeline-model-parallel-size 2 --value-gate tanh"),
+    "satformer pp2 tanh": (2, f"{PP2} --value-gate tanh"),
     "satformer pp2 vpp2": (
         2,
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        f"{PP2} --num-layers-per-virtual-pipeline-stage 1 "
         "--value-residual-last-k 2 --value-gate softmax --no-qk-layernorm",
     ),
     "satformer dp2": (
@@ -26,13 +30,14 @@ CASES = {
         "--use-distributed-optimizer --value-gate sigmoid --value-gate-bias --add-qkv-bias "
         "--untie-embeddings-and-output-weights --value-residual-last-k 1",
     ),
-    "resformer pp2": (2, f"{GQA} --architecture resformer --pipeline-model-parallel-size 2"),
-    "transformer tp2": (2, "--architecture transformer --tensor-model-parallel-size 2"),
+    "transformer tp2, no sequence parallelism": (
+        2,
+        "--architecture transformer --tensor-model-parallel-size 2",
+    ),
     "transformer": (1, f"{GQA} --architecture transformer --add-qkv-bias --no-qk-layernorm"),
     "satformer tp2 pp2": (
         4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
-        "--value-gate softmax_sigmoid",
+        f"{TP2} {PP2} --value-gate softmax_sigmoid",
     ),
     "satformer identity": (1, "--value-gate identity --value-gate-bias"),
 }

@@ -1,26 +1,26 @@
-"""What test_hf_tools.py runs on two forked ranks (see tests/zygote.py)."""
+"""What test_tools.py runs on two forked ranks (see tests/zygote.py)."""
 
 import warnings
 
 import torch
 
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
+from megatron_satformer.checkpoint.hugging_face.code import model_class
 
 
-def check(folder: str, architecture: str, greedy: dict) -> None:
+def check(folder: str, architecture: str, greedy: dict, trains: bool) -> None:
     """Logits, text and gradients of the model in `folder`, split over the ranks, are its own."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     ids, logits, text, gradients = torch.load(f"{folder}/case")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the newer way to ask is not in the oldest transformers
-        model = SATFormerForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+        model = model_class(architecture).from_pretrained(folder, tp_plan="auto").eval()
     out = model(ids, output_gates=True)
     assert all(alpha.size(-1) == 1 for alpha in out.gates), "one of the two KV heads on each rank"
     assert {layer.values.size(1) for layer in out.past_key_values.layers} == {1}
     torch.testing.assert_close(out.logits, logits, rtol=1e-5, atol=1e-4)
     assert torch.equal(model.generate(ids, **greedy), text)
-    if architecture == "resformer":
+    if not trains:
         try:
             model.train()(ids)
         except NotImplementedError:

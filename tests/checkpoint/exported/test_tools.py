@@ -8,11 +8,14 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 
-from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-from tests.checkpoint.exported.test_modeling_satformer import ARCHITECTURES, build_pair, random_ids
+from tests.checkpoint.exported.test_modeling_decoder import (
+    ARCHITECTURES,
+    MIXING,
+    build_pair,
+    random_ids,
+)
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-MIXING = ["resformer", "satformer"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +23,9 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("architecture", MIXING)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layers_on_other_devices(architecture, tmp_path):
-    """Layers on the disk, and all of them held as meta tensors: V1 follows the layer."""
+    """Layers on the disk, all of them held as meta tensors: what is carried follows the layer."""
     _, model = build_pair(architecture=architecture)
     ids = random_ids()
     expected, text = model(ids).logits, model.generate(ids, **GREEDY)
@@ -30,16 +33,18 @@ def test_layers_on_other_devices(architecture, tmp_path):
         **dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu"),
         **{f"model.layers.{n}": "disk" if n in (1, 3) else "cpu" for n in range(4)},
     }
-    if architecture == "resformer":
+    if hasattr(model.model, "value_residual"):
         places["model.value_residual"] = "disk"
     on_disk = dispatch_model(
         copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path / "disk"
     )
     offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     model.save_pretrained(tmp_path / "model")
-    loaded = SATFormerForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "other"
-    ).eval()
+    loaded = (
+        type(model)
+        .from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "other")
+        .eval()
+    )
     for moved in (on_disk, offloaded, loaded):
         assert moved.model.layers[3].self_attn.v_proj.weight.is_meta
         assert torch.equal(moved(ids).logits, expected)
@@ -47,7 +52,7 @@ def test_layers_on_other_devices(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", MIXING)
-def test_v1_moves_with_the_layer(architecture):
+def test_what_is_carried_moves_with_the_layer(architecture):
     """The later layers run on another device, which refuses what was left on the CPU."""
     _, model = build_pair(architecture=architecture, tie_word_embeddings=False)
     for module in (*model.model.layers[2:], model.model.norm, model.lm_head):
@@ -59,9 +64,10 @@ def test_v1_moves_with_the_layer(architecture):
     assert [alpha.is_meta for alpha in out.gates or ()] in ([], [False, True, True])
     cached = [layer.values.is_meta for layer in out.past_key_values.layers]
     assert cached == [False, False, True, True]
-    x, v1, lambda1 = torch.ones(2, 13, 24), torch.ones(2, 13, 2, 6), torch.ones(())
+    x, v1 = torch.ones(2, 13, 24), torch.ones(2, 13, 2, 6)
+    carried = (*(lambdas.to("meta") for lambdas in model.model.start()), v1)
     with pytest.raises(RuntimeError, match="device"):
-        model.model.layers[3].self_attn.mix_values(x.to("meta"), v1.to("meta"), v1, lambda1)
+        model.model.layers[3].self_attn.mix(x.to("meta"), v1.to("meta"), v1.to("meta"), carried)
 
 
 def test_device_map_auto(tmp_path):
@@ -70,12 +76,16 @@ def test_device_map_auto(tmp_path):
     model.save_pretrained(tmp_path / "model")
     of_layer = sum(p.numel() * 4 for p in model.model.layers[1].parameters())
     embeddings = model.lm_head.weight.numel() * 4
-    loaded = SATFormerForCausalLM.from_pretrained(
-        tmp_path / "model",
-        device_map="auto",
-        max_memory={"cpu": 2 * embeddings + 3 * of_layer},
-        offload_folder=tmp_path / "offloaded",
-    ).eval()
+    loaded = (
+        type(model)
+        .from_pretrained(
+            tmp_path / "model",
+            device_map="auto",
+            max_memory={"cpu": 2 * embeddings + 3 * of_layer},
+            offload_folder=tmp_path / "offloaded",
+        )
+        .eval()
+    )
     ids = random_ids()
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
     assert {n.count(".") for n in loaded.hf_device_map if ".layers." in n} == {2}
@@ -158,6 +168,6 @@ def test_tensor_parallel(architecture, on_ranks, tmp_path):
     torch.save(
         (ids, model(ids).logits, model.generate(ids, **GREEDY), gradients), tmp_path / "case"
     )
-    on_ranks(
-        2, "tests.checkpoint.exported.tensor_parallel:check", str(tmp_path), architecture, GREEDY
-    )
+    call = "tests.checkpoint.exported.tensor_parallel:check"
+    trains = not hasattr(model.model, "value_residual")  # gradients of shared lambdas would halve
+    on_ranks(2, call, str(tmp_path), architecture, GREEDY, trains)

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
+from megatron_satformer.checkpoint.hugging_face.code import config_class
 from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
+from megatron_satformer.model.architectures import PLAIN, TABLE
 from tests.checkpoint import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -63,25 +64,27 @@ def test_exact(options, stacked, name, tmp_path):
         # Llama refuses a hidden size that the heads do not divide, Qwen3 takes it
         ({"hidden_size": 26, "qk_norm": False}, None),
         ({"hidden_size": 26}, "qwen3"),
-        ({"architecture": "resformer"}, None),
-        ({"architecture": "satformer"}, None),
     ],
     ids=str,
 )
 def test_which(options, kind):
     shape = {**checkpoints.SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    stock = build_stock_config(
-        SATFormerConfig(**{"architecture": "transformer", **shape, **options})
-    )
+    stock = build_stock_config(config_class(PLAIN)(**{**shape, **options}))
     assert (stock and stock.model_type) == kind
+
+
+@pytest.mark.parametrize("architecture", [name for name in TABLE if name != PLAIN])
+def test_no_other_architecture_is_one_of_theirs(architecture):
+    shape = {**checkpoints.SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert build_stock_config(config_class(architecture)(**shape)) is None
 
 
 def test_an_eos_that_pads_stays_trainable(tmp_path):
     """Llama's embedding has no gradient for the pad token that config.json names."""
     shape = {**checkpoints.SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     # untied: the head would give the row a gradient of its own
-    shape |= {"architecture": "transformer", "tie_word_embeddings": False}
-    config = SATFormerConfig(**shape, eos_token_id=2, pad_token_id=2)
+    shape |= {"tie_word_embeddings": False}
+    config = config_class(PLAIN)(**shape, eos_token_id=2, pad_token_id=2)
     model = AutoModelForCausalLM.from_config(build_stock_config(config))
     model(torch.tensor([[5, 2, 7]])).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad[2].abs().sum() > 0

@@ -2,6 +2,12 @@
 
 import pytest
 
+from megatron_satformer.model.architectures import (
+    PLAIN,
+    TABLE,
+    all_architectures,
+    find_architecture,
+)
 from tests.checkpoint.megatron.test_resharding import read_all
 from tests.small import DO, PP2, SHAPE, TP2
 
@@ -73,7 +79,7 @@ def test_relu_gates_at_exactly_zero_never_open(transformer, pretrain, tmp_path):
     dead = pretrain(1, *relu, 0, "--save", tmp_path / "dead")
     assert set(gates(tmp_path / "dead", STEPS).values()) == {0.0}
     assert dead.losses == pytest.approx(losses, rel=1e-6)
-    told = "WARNING: value_gate (relu) with value_gate_init_std (0) never opens"
+    told = "WARNING: value_gate (relu) with value_gate_init_std (0): relu has no gradient at 0"
     assert dead.output.count(told) == 1
     alive = pretrain(1, *relu, 1e-3, "--save", tmp_path / "alive")
     assert alive.losses[0] == pytest.approx(losses[0], rel=1e-4)
@@ -85,9 +91,9 @@ PRETRAINED = "--pretrained-checkpoint {transformer}"
 REFUSED = {
     f"{PRETRAINED}": (
         "architecture (satformer) must be that of the checkpoint in pretrained_checkpoint",
-        "which is (transformer). To start a SATFormer from its weights, add --from-transformer.",
+        "which is (transformer). To start a satformer from its weights, add --from-transformer.",
     ),
-    "--load {transformer} --finetune": ("To start a SATFormer from its weights, add",),
+    "--load {transformer} --finetune": ("To start a satformer from its weights, add",),
     "--load {transformer} --from-transformer": ("Give its folder as --pretrained-checkpoint",),
     "--from-transformer": (
         "from_transformer (True) must come with a checkpoint, and load (None) holds none.",
@@ -100,13 +106,27 @@ REFUSED = {
         "from_transformer (True) must be given with a Transformer's checkpoint, and",
         "is that of architecture (satformer). Leave --from-transformer out.",
     ),
-    f"{PRETRAINED} --from-transformer --architecture resformer": ("its lambdas start far from",),
-    f"{PRETRAINED} --from-transformer --architecture transformer": ("reads a Transformer's chec",),
+    **{
+        f"{PRETRAINED} --from-transformer --architecture {a.name}": (
+            f"from_transformer (True) is not supported with architecture ({a.name}): "
+            f"{a.from_transformer}. Leave it out",
+        )
+        for a in all_architectures()
+        if a.from_transformer is not None
+    },
     f"{PRETRAINED} --from-transformer --norm-epsilon 1e-5": (
         "layernorm_epsilon (1e-05) must be that of the checkpoint in pretrained_checkpoint",
     ),
     f"{PRETRAINED} --from-transformer --num-query-groups 4": ("num_query_groups (4) must be that",),
 }
+
+
+def test_which_can_start():
+    """Those that this file tests, and reasons for the rest."""
+    reasons = {name: find_architecture(name).from_transformer for name in TABLE}
+    assert [name for name, reason in reasons.items() if reason is None] == ["satformer"]
+    assert reasons["resformer"] == "its lambdas start far from a Transformer's"
+    assert reasons[PLAIN] == "it reads a Transformer's checkpoint as it is"
 
 
 @pytest.mark.parametrize("given", REFUSED)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
+from megatron_satformer.model.architectures import find_architecture
+from tests.models import build_config
+from tests.parallel.layouts import CARRYING, GATED
 from tests.small import DO, PP2, RTOL, TP2
 
 # Odd sizes: rows of linear_qkv need padding at every tensor-parallel size, 12 rows at TP1, 14 of
@@ -28,12 +31,11 @@ LAYOUTS = {
     "PP4": (4, PP4),
     "DP4": (4, ""),
 }
-FAST = {("satformer", "TP1"), ("satformer", "PP2 x 2 virtual")}
+FAST = [(name, layout) for name in GATED for layout in ("TP1", "PP2 x 2 virtual")]
 CASES = [
-    pytest.param(architecture, layout, marks=() if fast else pytest.mark.slow)
-    for architecture, layouts in (("satformer", LAYOUTS), ("resformer", ("TP4", "PP2 x 2 virtual")))
-    for layout in layouts
-    for fast in [(architecture, layout) in FAST]
+    pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
+    for name in CARRYING
+    for layout in (LAYOUTS if name in GATED else ("TP4", "PP2 x 2 virtual"))
 ]
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": (H,),
@@ -45,17 +47,18 @@ LAYER = {
     "mlp.linear_fc1.weight": (2 * FFN, H),
     "mlp.linear_fc2.weight": (H, FFN),
 }
-MIXING = {
-    "satformer": {"self_attention.value_gate.weight": (NG, H)},
-    "resformer": {"self_attention.value_lambda2": (1,)},
-}
 WHOLE = {
     "embedding.word_embeddings.weight": (VOCABULARY, H),
     "decoder.final_layernorm.weight": (H,),
 }
-SHARED = {
-    "satformer": {},
-    "resformer": {
+ATTENTION = "decoder.layers.{}.self_attention"
+# Beside what the records say, for two that the package knows: what they add, spelled out.
+ADDED = {
+    "satformer": {
+        f"decoder.layers.{n}.self_attention.value_gate.weight": (NG, H) for n in (1, 2, 3)
+    },
+    "resformer": {f"decoder.layers.{n}.self_attention.value_lambda2": (1,) for n in (1, 2, 3)}
+    | {
         "decoder.value_residual.lambda_logits": (LAYERS - 1,),
         "decoder.value_residual.lambda_scale": (1,),
     },
@@ -64,10 +67,13 @@ SHARED = {
 
 def expected_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, whatever the layout: no padding of linear_qkv in any."""
-    model = WHOLE | SHARED[architecture]
+    config = build_config(
+        architecture, num_layers=LAYERS, hidden_size=H, num_attention_heads=NP, num_query_groups=NG
+    )
+    added = find_architecture(architecture).all_tensors(config)
+    model = WHOLE | {tensor.megatron: tensor.shape for _, tensor in added}
     for layer in range(LAYERS):
-        entries = LAYER | (MIXING[architecture] if layer else {})
-        model |= {f"decoder.layers.{layer}.{name}": shape for name, shape in entries.items()}
+        model |= {f"decoder.layers.{layer}.{name}": shape for name, shape in LAYER.items()}
     moments = {
         f"optimizer.state.{state}.{key}": shape
         for state in ("param", "exp_avg", "exp_avg_sq")
@@ -148,8 +154,15 @@ def test_moves_to_another_layout(home, pretrain, tmp_path, architecture, layout)
     assert continue_from(pretrain, flags, ranks, extra, folder) == pytest.approx(losses, rel=RTOL)
 
 
+@pytest.mark.parametrize("architecture", ADDED)
+def test_what_is_added_is_what_is_documented(architecture):
+    shapes = expected_shapes(architecture)
+    assert {key: shapes.get(key) for key in ADDED[architecture]} == ADDED[architecture]
+    assert len(shapes) == 4 * (len(WHOLE) + LAYERS * len(LAYER) + len(ADDED[architecture]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["satformer", "resformer"])
+@pytest.mark.parametrize("architecture", CARRYING)
 def test_there_and_back_continues_to_the_last_digit(home, pretrain, tmp_path, architecture):
     flags, folder, _, losses = home(architecture)
     save_at_once(pretrain, flags, 1, f"{DO} {RESHARDABLE}", folder, tmp_path)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RANKS = "tests.model.ranks"
 SHAPE = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 4}
 EVERY = pytest.mark.parametrize("architecture", TABLE)
-COMPARED = re.compile(r"architecture[\"')\]]*\s*(?:==|!=|(?:not )?in [(\[{])")
+COMPARED = re.compile(r"architecture[\"')\]]*\s*(?:==|!=|(?:not )?in [(\[{]\s*[\"'])")
 KNOWN = "|".join(TABLE)
 LISTED = re.compile(rf"[\[({{][^\])}}]*\"(?:{KNOWN})\",\s*\"(?:{KNOWN})\"")
 

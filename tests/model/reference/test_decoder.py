@@ -6,12 +6,10 @@ import pytest
 import torch
 import transformers
 
-from megatron_satformer.model.reference.decoder import (
-    GATES,
-    ReferenceConfig,
-    ReferenceModel,
-    apply_rope,
-)
+from megatron_satformer.model.architectures import PLAIN, TABLE
+from megatron_satformer.model.reference.decoder import Decoder, apply_rope
+from megatron_satformer.model.reference.satformer import GATES
+from tests.models import build_twin
 
 SHAPE = {
     "vocab_size": 67,
@@ -24,14 +22,9 @@ SHAPE = {
 }
 
 
-def build(seed: int = 0, **options) -> ReferenceModel:
+def build(**options) -> Decoder:
     """A model whose parameters are all random, norms and lambdas included."""
-    torch.manual_seed(seed)
-    model = ReferenceModel(ReferenceConfig(**{**SHAPE, **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return build_twin(**{**SHAPE, **options})
 
 
 def random_ids(b: int = 2, s: int = 13) -> torch.Tensor:
@@ -49,7 +42,7 @@ def random_ids(b: int = 2, s: int = 13) -> torch.Tensor:
 )
 def test_transformer_equals_published_models(name, options, tied):
     """Architecture transformer is Qwen3 with QK-norm, Llama without, Qwen2 with q, k, v biases."""
-    ours = build(architecture="transformer", tie_word_embeddings=tied, **options)
+    ours = build(architecture=PLAIN, tie_word_embeddings=tied, **options)
     config = getattr(transformers, f"{name}Config")(
         **SHAPE,
         rms_norm_eps=ours.config.rms_norm_eps,
@@ -76,7 +69,7 @@ def test_equation_written_out():
     model = build(value_gate="sigmoid", value_gate_bias=True)
     attention = model.model.layers[2].self_attn
     x, v, v1 = torch.randn(1, 3, 24), torch.randn(1, 3, 2, 6), torch.randn(1, 3, 2, 6)
-    mixed, alpha = attention.mix_values(x, v, v1, None)
+    _, mixed, _, alpha = attention.mix(x, v, v, (v1,))
     weight, bias = attention.value_gate.weight, attention.value_gate.bias
     for t in range(3):
         for g in range(2):
@@ -94,21 +87,19 @@ def test_resformer_equation():
     lambdas = model.model.value_residual
     assert lambdas.lambda_logits.shape == (2,)
     lambda1 = [float(lambdas.lambda_scale) * p for p in lambdas.lambda_logits.softmax(-1).tolist()]
-    seen = []
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(args[2]))
-    model(random_ids())
-    assert seen[:2] == [None, None]
-    assert [round(float(value), 5) for value in seen[2:]] == [round(v, 5) for v in lambda1]
     v, v1 = torch.randn(1, 3, 2, 6), torch.randn(1, 3, 2, 6)
-    attention = model.model.layers[3].self_attn
-    mixed, _ = attention.mix_values(None, v, v1, seen[3])
-    torch.testing.assert_close(mixed, lambda1[1] * v1 + float(attention.value_lambda2) * v)
+    for n in range(4):
+        attention = model.model.layers[n].self_attn
+        _, mixed, carried, shown = attention.mix(None, v, v, (*model.start(), v1))
+        assert shown is None
+        assert carried[1] is v1
+        expected = v if n < 2 else lambda1[n - 2] * v1 + float(attention.value_lambda2) * v
+        torch.testing.assert_close(mixed, expected)
 
 
 def test_resformer_at_init():
     """lambda1 = L / (number of mixing layers), lambda2 = 1/2, as published."""
-    model = ReferenceModel(ReferenceConfig(**SHAPE, architecture="resformer"))
+    model = build_twin("resformer", **SHAPE, scale=0.0)
     lambdas = model.model.value_residual
     assert lambdas.lambda_logits.tolist() == [0.0] * 3
     assert lambdas.lambda_scale.tolist() == [4.0]
@@ -137,13 +128,13 @@ def test_zero_gate_is_the_transformer(gate):
     sat = build(value_gate=gate)
     for layer in sat.model.layers[1:]:
         torch.nn.init.zeros_(layer.self_attn.value_gate.weight)
-    plain = build(architecture="transformer")
+    plain = build(architecture=PLAIN)
     shared = {k: v for k, v in sat.state_dict().items() if "value_gate" not in k}
     plain.load_state_dict(shared)
     ids = random_ids()
     out = sat(ids)
     assert torch.equal(out.logits, plain(ids).logits)
-    assert all(not alpha.any() for alpha in out.alphas)
+    assert all(not alpha.any() for alpha in out.shown)
 
 
 @pytest.mark.parametrize("last_k", [None, 1, 3])
@@ -151,13 +142,13 @@ def test_mixing_layers(last_k):
     model = build(value_residual_last_k=last_k)
     mixing = [n for n, layer in enumerate(model.model.layers) if layer.self_attn.mixes]
     assert mixing == list(range(4 - (last_k or 3), 4))
-    alphas = model(random_ids()).alphas
+    alphas = model(random_ids()).shown
     assert [alpha.shape for alpha in alphas] == [(2, 13, 2)] * len(mixing)
     gated = {key.split(".")[2] for key in model.state_dict() if "value_gate" in key}
     assert gated == {str(n) for n in mixing}
 
 
-@pytest.mark.parametrize("architecture", ["transformer", "resformer", "satformer"])
+@pytest.mark.parametrize("architecture", TABLE)
 def test_causal_and_prefix_stable(architecture):
     model, ids = build(architecture=architecture), random_ids()
     whole = model(ids).logits

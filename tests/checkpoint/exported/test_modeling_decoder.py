@@ -1,21 +1,18 @@
-"""The exported modelling code equals the reference, and does what transformers' models do."""
+"""The exported modelling code equals the plain twins, and does what transformers' models do."""
 
 import fnmatch
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
-from megatron_satformer.checkpoint.exported.modeling_satformer import (
-    SATFormerForCausalLM,
-    SATFormerModel,
-)
-from megatron_satformer.model.reference.decoder import GATES, ReferenceConfig, ReferenceModel
+from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
+from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
+from megatron_satformer.model.reference.satformer import GATES
+from tests.models import build_exported, build_twin, save_exported
 
 SHAPE = {
     "vocab_size": 67,
@@ -28,23 +25,17 @@ SHAPE = {
 }
 # float32 against float32; gradients as norm of the difference over the norm
 TOLERANCE = {"logits": 1e-5, "gradient": 5e-5}
-ARCHITECTURES = ["transformer", "resformer", "satformer"]
+ARCHITECTURES = list(TABLE)
+OWN = [name for name in TABLE if find_architecture(name).model_options]  # by options
+MIXING = [name for name in OWN if "value_residual_last_k" in find_architecture(name).own_options]
 
 
 def build_pair(seed: int = 0, attention: str = "sdpa", scale: float = 0.3, **options):
     """Reference and exported model with the same random parameters."""
-    torch.manual_seed(seed)
-    reference = ReferenceModel(ReferenceConfig(**{**SHAPE, **options}))
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    values = asdict(reference.config)
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    config = SATFormerConfig(**values, rope_parameters=rope, max_position_embeddings=256)
-    config._attn_implementation = attention
-    model = SATFormerForCausalLM(config)
-    model.load_state_dict(reference.state_dict())
-    return reference, model.eval()
+    reference = build_twin(**{**SHAPE, **options}, seed=seed, scale=scale)
+    model = build_exported(reference, max_position_embeddings=256).eval()
+    model.set_attn_implementation(attention)
+    return reference, model
 
 
 def random_ids(b: int = 2, s: int = 13, seed: int = 1) -> torch.Tensor:
@@ -55,7 +46,7 @@ CASES = [
     *({"architecture": a} for a in ARCHITECTURES),
     *({"architecture": a, "num_key_value_heads": 4, "qk_norm": False} for a in ARCHITECTURES),
     *({"value_gate": gate, "value_gate_bias": True} for gate in GATES),
-    *({"architecture": a, "value_residual_last_k": 2} for a in ARCHITECTURES),
+    *({"architecture": a, "value_residual_last_k": 2} for a in MIXING),
     {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
 ]
 
@@ -70,8 +61,8 @@ def test_equals_reference(options, attention):
     limit = TOLERANCE["logits"]
     torch.testing.assert_close(out.logits, expected.logits, rtol=limit, atol=limit)
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
-    assert len(out.gates) == len(expected.alphas)
-    for ours, theirs in zip(out.gates, expected.alphas, strict=True):
+    assert len(out.gates) == len(expected.shown)
+    for ours, theirs in zip(out.gates, expected.shown, strict=True):
         assert ours.shape == (2, 13, reference.config.num_key_value_heads)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     expected.loss.backward()
@@ -86,7 +77,8 @@ def test_equals_reference(options, attention):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_with_and_without_cache(architecture):
     """64 tokens: the reference without any cache, generate without and with caches."""
-    reference, model = build_pair(architecture=architecture, tie_word_embeddings=False, scale=0.8)
+    options = {"architecture": architecture, "tie_word_embeddings": False}
+    reference, model = build_pair(seed=3, scale=0.8, **options)
     prompt = random_ids(b=2, s=5)
     ids = prompt
     with torch.no_grad():
@@ -104,7 +96,7 @@ def test_greedy_with_and_without_cache(architecture):
 )
 def test_left_padded_batch_equals_single(architecture, attention):
     _, model = build_pair(
-        architecture=architecture, attention=attention, tie_word_embeddings=False, scale=0.8
+        3, architecture=architecture, attention=attention, tie_word_embeddings=False, scale=0.8
     )
     prompts = [random_ids(1, n, seed=n)[0] for n in (3, 11, 7)]
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -137,7 +129,7 @@ def test_beams_and_sampling():
 
 def test_loss_and_kept_logits_are_llamas():
     """Labels, -100, num_items_in_batch and logits_to_keep mean what they mean there."""
-    options = {"qk_norm": False, "architecture": "transformer", "tie_word_embeddings": False}
+    options = {"qk_norm": False, "architecture": PLAIN, "tie_word_embeddings": False}
     _, model = build_pair(**options)
     values = {name: getattr(model.config, name) for name in SHAPE}
     llama = LlamaForCausalLM(
@@ -248,7 +240,7 @@ def test_cache_holds_mixed_values():
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("architecture", ["resformer", "satformer"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_checkpointing(architecture, reentrant):
     _, model = build_pair(architecture=architecture)
     ids = random_ids()
@@ -267,34 +259,30 @@ def test_gradient_checkpointing(architecture, reentrant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_half_precision(architecture, dtype, tmp_path):
-    """Runs in one dtype throughout and stays near float32; the lambdas stay float32."""
+    """Runs in one dtype throughout and stays near float32; what is fp32 stays so."""
     _, model = build_pair(architecture=architecture, scale=0.02)
     model.save_pretrained(tmp_path)
-    half = SATFormerForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    half = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
     ids = random_ids()
     out = half(ids, use_cache=True)
     assert out.logits.dtype == dtype
     assert {layer.values.dtype for layer in out.past_key_values.layers} == {dtype}
     kept = {n for n, p in half.named_parameters() if p.dtype == torch.float32}
-    assert kept == {n for n, _ in half.named_parameters() if "lambda" in n}
+    own = find_architecture(architecture).all_tensors(model.config)
+    assert kept == {name for _, tensor in own if tensor.fp32 for name in tensor.hf}
     torch.testing.assert_close(out.logits.float(), model(ids).logits, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_new_model_is_initialised(architecture):
-    config = SATFormerConfig(**SHAPE, architecture=architecture, value_gate_bias=True)
-    model = SATFormerForCausalLM(config)
+    """As the twin is: norms 1, biases 0, matrices of one standard deviation, scalars their own."""
+    model = model_class(architecture)(config_class(architecture)(**SHAPE))
+    twin = dict(build_twin(architecture, **SHAPE, scale=0.0).named_parameters())
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == 1).all(), name
-        elif "lambda_scale" in name:
-            assert parameter.item() == 4
-        elif "lambda2" in name:
-            assert parameter.item() == 0.5
-        elif "lambda_logits" in name or name.endswith("bias"):
-            assert not parameter.any(), name
-        else:
+        if parameter.dim() == 2:
             assert 0.01 < parameter.std() < 0.03, name
+        else:
+            assert torch.equal(parameter, twin[name]), name
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -308,7 +296,7 @@ def test_resize_token_embeddings(tied, tmp_path):
     torch.testing.assert_close(after.logits[..., :67], before)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     model.save_pretrained(tmp_path)
-    again = SATFormerForCausalLM.from_pretrained(tmp_path).eval()
+    again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, after.logits)
 
 
@@ -316,11 +304,12 @@ def test_parallel_plan_names_modules():
     """Every rule meets a module of each mixing layer; there is no plan for pipeline stages."""
     _, model = build_pair()
     names = [name for name, _ in model.model.named_modules()]
-    for rule in SATFormerConfig.base_model_tp_plan:
+    for rule in model.config.base_model_tp_plan:
         met = fnmatch.filter(names, rule)
         assert len(met) == (3 if rule.endswith("value_gate") else 4), rule
     linears = {n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    ruled = {n for rule in SATFormerConfig.base_model_tp_plan for n in fnmatch.filter(names, rule)}
+    plan = model.config.base_model_tp_plan
+    ruled = {n for rule in plan for n in fnmatch.filter(names, rule)}
     assert linears <= ruled
     assert model.config.base_model_pp_plan is None
 
@@ -328,7 +317,6 @@ def test_parallel_plan_names_modules():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "other"}, "architecture"),
         ({"value_gate": "other"}, "value_gate"),
         ({"value_residual_last_k": 4}, "value_residual_last_k"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
@@ -336,7 +324,7 @@ def test_parallel_plan_names_modules():
 )
 def test_bad_config(options, words):
     with pytest.raises(ValueError, match=words):
-        SATFormerConfig(**{**SHAPE, **options})
+        config_class("satformer")(**{**SHAPE, **options})
 
 
 LOAD_ALONE = """
@@ -358,20 +346,12 @@ assert not {name.split(".")[0] for name in sys.modules} & {"megatron_satformer",
 """
 
 
-def test_saved_folder_loads_alone(tmp_path):
-    """save_pretrained writes a folder that works elsewhere, without this package."""
+def test_exported_folder_loads_alone(tmp_path):
+    """It works elsewhere, without this package, and so does what save_pretrained makes of it."""
     folders = []
     for architecture in ARCHITECTURES:
-        _, model = build_pair(architecture=architecture)
-        folder = tmp_path / architecture
-        SATFormerModel(model.config).save_pretrained(folder)
-        model.save_pretrained(folder)
-        assert {f.name for f in folder.iterdir()} >= {
-            "config.json",
-            "configuration_satformer.py",
-            "modeling_satformer.py",
-            "model.safetensors",
-        }
+        reference, model = build_pair(architecture=architecture)
+        folder = save_exported(reference, tmp_path / architecture, max_position_embeddings=256)
         ids = random_ids()
         torch.save({"ids": ids, "logits": model(ids).logits.detach()}, folder / "case.pt")
         folders.append(str(folder))
