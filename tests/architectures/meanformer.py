@@ -115,10 +115,8 @@ class TwinAttention(decoder.Attention):
 class TwinLayer(decoder.Layer):
     """The plain twin's layer."""
 
-    attention_class = TwinAttention
-
-    def __init__(self, config: Any, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: Any, layer: int, attention_class: type) -> None:
+        super().__init__(config, layer, attention_class)
         if layer:
             self.skip = nn.Parameter(torch.full((1,), 0.3))
 
@@ -139,6 +137,7 @@ class MeanFormer(decoder.Decoder):
     """The plain twin."""
 
     config_class = TwinConfig
+    attention_class = TwinAttention
     layer_class = TwinLayer
 
 

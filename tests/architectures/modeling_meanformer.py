@@ -44,10 +44,8 @@ class MeanFormerAttention(DecoderAttention):
 class MeanFormerLayer(DecoderLayer):
     """Layer that reads the embedding."""
 
-    attention_class = MeanFormerAttention
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
+    def __init__(self, config, layer_idx, attention_class):
+        super().__init__(config, layer_idx, attention_class)
         if layer_idx:
             self.skip = nn.Parameter(torch.full((1,), 0.3))
 
@@ -69,6 +67,7 @@ class MeanFormerPreTrainedModel(DecoderPreTrainedModel):
 class MeanFormerModel(MeanFormerPreTrainedModel, DecoderModel):
     """The decoder without its head."""
 
+    attention_class = MeanFormerAttention
     layer_class = MeanFormerLayer
 
 

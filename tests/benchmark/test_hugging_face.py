@@ -10,6 +10,8 @@ from megatron_satformer.benchmark.hugging_face import (
     _peak_memory,
     _run_processes,
 )
+from megatron_satformer.checkpoint.hugging_face.code import model_class
+from megatron_satformer.model.architectures import TABLE
 
 TINY = HFBenchmarkOptions(
     architectures=("transformer",),
@@ -34,6 +36,13 @@ def test_same_shape(qk_layernorm):
         for model in ("transformer", options.stock)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("architecture", TABLE)
+def test_every_architecture_can_be_measured(architecture):
+    options = replace(TINY, architectures=(architecture,))
+    assert options.names == (options.stock, architecture)
+    assert type(_build_model(options, architecture)) is model_class(architecture)
 
 
 def test_models_take_turns_in_every_process():

@@ -138,11 +138,11 @@ class DecoderAttention(nn.Module):
 class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU. What is carried needs gradients, hence goes by position."""
 
-    attention_class: ClassVar[type[DecoderAttention]] = DecoderAttention
-
-    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, layer_idx: int, attention_class: type[DecoderAttention]
+    ) -> None:
         super().__init__()
-        self.self_attn = self.attention_class(config, layer_idx)
+        self.self_attn = attention_class(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -175,13 +175,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
 class DecoderModel(DecoderPreTrainedModel):
     """The decoder without its head; hands what is carried from layer to layer."""
 
+    attention_class: ClassVar[type[DecoderAttention]] = DecoderAttention
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            self.layer_class(config, n) for n in range(config.num_hidden_layers)
+            self.layer_class(config, n, self.attention_class)
+            for n in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)

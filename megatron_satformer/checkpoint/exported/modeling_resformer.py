@@ -22,7 +22,6 @@ from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
     DecoderForCausalLM,
-    DecoderLayer,
     DecoderModel,
     DecoderPreTrainedModel,
 )
@@ -64,17 +63,10 @@ class ResFormerAttention(DecoderAttention):
         return k, (weight * v1 + self.value_lambda2 * v).to(v.dtype), carried, None
 
 
-class ResFormerDecoderLayer(DecoderLayer):
-    """DecoderLayer over ResFormerAttention."""
-
-    attention_class = ResFormerAttention
-
-
 class ResFormerPreTrainedModel(DecoderPreTrainedModel):
     """What both models share: initialisation, and what stays float32."""
 
     config_class = ResFormerConfig
-    _no_split_modules: ClassVar[list[str]] = ["ResFormerDecoderLayer"]
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
         "value_lambda2",
         "lambda_logits",
@@ -94,7 +86,7 @@ class ResFormerPreTrainedModel(DecoderPreTrainedModel):
 class ResFormerModel(ResFormerPreTrainedModel, DecoderModel):
     """DecoderModel with lambdas that all layers share."""
 
-    layer_class = ResFormerDecoderLayer
+    attention_class = ResFormerAttention
 
     def __init__(self, config: ResFormerConfig) -> None:
         super().__init__(config)

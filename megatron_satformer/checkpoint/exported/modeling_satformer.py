@@ -12,7 +12,6 @@ Shapes: b batch, s sequence, h hidden, ng KV heads, hn head dim.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,7 @@ from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
     DecoderForCausalLM,
-    DecoderLayer,
     DecoderModel,
-    DecoderPreTrainedModel,
 )
 
 # logits [b, s, ng] -> alpha [b, s, ng]; ng is the number of KV heads of the whole model
@@ -63,32 +60,21 @@ class SATFormerAttention(DecoderAttention):
         return k, torch.addcmul(v, alpha.unsqueeze(-1), v1), carried, alpha
 
 
-class SATFormerDecoderLayer(DecoderLayer):
-    """DecoderLayer over SATFormerAttention."""
+class SATFormerModel(DecoderModel):
+    """DecoderModel whose first layer hands its values to the others."""
 
+    config_class = SATFormerConfig
     attention_class = SATFormerAttention
 
 
-class SATFormerPreTrainedModel(DecoderPreTrainedModel):
-    """What both models share."""
-
-    config_class = SATFormerConfig
-    _no_split_modules: ClassVar[list[str]] = ["SATFormerDecoderLayer"]
-
-
-class SATFormerModel(SATFormerPreTrainedModel, DecoderModel):
-    """DecoderModel whose first layer hands its values to the others."""
-
-    layer_class = SATFormerDecoderLayer
-
-
-class SATFormerForCausalLM(SATFormerPreTrainedModel, DecoderForCausalLM):
+class SATFormerForCausalLM(DecoderForCausalLM):
     """SATFormerModel with its language-model head; `output_gates=True` gives alpha."""
 
+    config_class = SATFormerConfig
     model_class = SATFormerModel
 
 
 SATFormerModel.register_for_auto_class("AutoModel")
 SATFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["SATFormerForCausalLM", "SATFormerModel", "SATFormerPreTrainedModel"]
+__all__ = ["SATFormerForCausalLM", "SATFormerModel"]

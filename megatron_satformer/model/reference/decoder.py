@@ -111,12 +111,10 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
-    attention_class: ClassVar[type[Attention]] = Attention
-
-    def __init__(self, config: Any, layer: int) -> None:
+    def __init__(self, config: Any, layer: int, attention_class: type[Attention]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = self.attention_class(config, layer)
+        self.self_attn = attention_class(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         h, ffn = config.hidden_size, config.intermediate_size
         self.mlp: Any = nn.Module()
@@ -143,6 +141,7 @@ class Decoder(nn.Module):
     """Token ids [b, s] -> logits, loss and what is shown; named as in the exported folder."""
 
     config_class: ClassVar[type[TwinConfig]] = TwinConfig
+    attention_class: ClassVar[type[Attention]] = Attention
     layer_class: ClassVar[type[Layer]] = Layer
 
     def __init__(self, config: Any) -> None:
@@ -151,7 +150,8 @@ class Decoder(nn.Module):
         self.model: Any = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(
-            self.layer_class(config, n) for n in range(config.num_hidden_layers)
+            self.layer_class(config, n, self.attention_class)
+            for n in range(config.num_hidden_layers)
         )
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -17,7 +17,6 @@ from megatron_satformer.model.reference.decoder import (
     Attention,
     Carried,
     Decoder,
-    Layer,
     Shown,
     TwinConfig,
 )
@@ -44,17 +43,11 @@ class StaticAttention(Attention):
         return k, weight * v1 + self.value_lambda2 * v, (lambda1, v1), None
 
 
-class StaticLayer(Layer):
-    """Layer over StaticAttention."""
-
-    attention_class = StaticAttention
-
-
 class ResFormer(Decoder):
     """The plain twin of --architecture resformer."""
 
     config_class: ClassVar[type[TwinConfig]] = ValueResidualTwinConfig
-    layer_class = StaticLayer
+    attention_class = StaticAttention
 
     def __init__(self, config: ValueResidualTwinConfig) -> None:
         super().__init__(config)

@@ -19,7 +19,6 @@ from megatron_satformer.model.reference.decoder import (
     Attention,
     Carried,
     Decoder,
-    Layer,
     Shown,
     TwinConfig,
 )
@@ -65,14 +64,8 @@ class GatedAttention(Attention):
         return k, v + alpha[..., None] * v1, (v1,), alpha
 
 
-class GatedLayer(Layer):
-    """Layer over GatedAttention."""
-
-    attention_class = GatedAttention
-
-
 class SATFormer(Decoder):
     """The plain twin of --architecture satformer."""
 
     config_class: ClassVar[type[TwinConfig]] = SATFormerTwinConfig
-    layer_class = GatedLayer
+    attention_class = GatedAttention

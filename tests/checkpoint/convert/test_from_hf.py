@@ -122,7 +122,7 @@ def test_hugging_face_there_and_back(tmp_path, architecture, options, dtype):
     export_to_hf(tmp_path / "megatron", tmp_path / "back")
     weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back")]
     same_bits(*weights)
-    assert made.architecture == architecture
+    assert f": {architecture} (model_type " in str(made)
     assert made.parameters == sum(tensor.numel() for tensor in weights[0].values())
     kept = {key: torch.float32 if key in wide else dtype for key in weights[0]}
     assert {key: tensor.dtype for key, tensor in weights[0].items()} == kept
@@ -207,7 +207,7 @@ def test_megatron_computes_the_same(run, qwen, tmp_path, layout, architecture):
         architecture=architecture,
         tensor_model_parallel_size=2,
     )
-    assert made.architecture == architecture
+    assert f": {architecture} (model_type " in str(made)
     assert f"--padded-vocab-size {2 * 128}" in made.flags
     start = ["--skip-train", "--pretrained-checkpoint", tmp_path / "megatron"]
     logits = run(2, made, *layout.split(), *start)

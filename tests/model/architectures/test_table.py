@@ -51,6 +51,15 @@ def test_a_transformers_start(architecture):
     assert record.zero_start(start) is None or record.from_transformer is not None
 
 
+def test_the_readme_has_their_equations():
+    readme = (ROOT / "README.md").read_text()
+    for name, place in TABLE.items():
+        if place.startswith("megatron_satformer."):
+            record = find_architecture(name)
+            row = f"| `{name}` | {record.equation.splitlines()[0]} | {record.source} |"
+            assert row.replace("|  |", "| |") in readme
+
+
 def test_an_unknown_name_is_told():
     with pytest.raises(ValueError, match=r"architecture \(conformer\) must be one of transformer,"):
         find_architecture("conformer")
