@@ -29,7 +29,6 @@ from megatron.core.datasets.gpt_dataset import (
     MockGPTDataset,
 )
 from megatron.core.enums import ModelType
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -369,16 +368,6 @@ def configure() -> tuple[Any, DecoderModelConfig]:
     return args, model
 
 
-def num_microbatches() -> int:
-    """Micro-batches of the pass that runs now, training or evaluation."""
-    if torch.is_grad_enabled():
-        return get_num_microbatches()
-    args = get_args()
-    # As Megatron's evaluate (0.19.2) counts them.
-    ranks = args.data_parallel_size * args.gtp_weight_remat_size
-    return args.eval_global_batch_size // (args.eval_micro_batch_size * ranks)
-
-
 def main() -> None:
     """Parse, check, build, train."""
     set_startup_timestamps(program_start=_PROGRAM_START_TIME, main_entry=time.time())
@@ -390,7 +379,10 @@ def main() -> None:
         # groups; this function of Megatron's (0.19.2) does just that and is skipped when done.
         _initialize_distributed(None, None, None)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        communicator = CarryP2PCommunicator(groups.pp, model.transformer, num_microbatches)
+        # As Megatron's evaluate (0.19.2) counts its micro-batches.
+        at_once = args.eval_micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
+        evaluated = args.eval_global_batch_size // at_once
+        communicator = CarryP2PCommunicator(groups.pp, model.transformer, evaluated)
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     pretrain(
         container,

@@ -1,9 +1,11 @@
 """Receive buffers as wide as what the stages send: every boundary its own width."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch.distributed import ProcessGroup
@@ -32,16 +34,14 @@ class CarryP2PCommunicator(P2PCommunicator):
     Args:
         pp_group: the pipeline's ranks.
         config: the model.
-        num_microbatches: how many the schedule that starts now has; the interleaved one runs
-            through its chunks in groups of micro-batches, of which the last may be smaller.
+        evaluated: micro-batches of an evaluation. The interleaved schedule runs through its chunks
+            in groups of micro-batches, of which the last may be smaller: their number counts.
     """
 
-    def __init__(
-        self, pp_group: ProcessGroup, config: DecoderConfig, num_microbatches: Callable[[], int]
-    ) -> None:
+    def __init__(self, pp_group: ProcessGroup, config: DecoderConfig, evaluated: int) -> None:
         super().__init__(pp_group, config)
         self.config = _ShapesAreOurs(config)
-        self.num_microbatches = num_microbatches
+        self.evaluated = evaluated
         chunks = chunk_layers(config)[pp_group.rank() :: pp_group.size()]
         self.before = [boundary_width(config, chunk.start - 1) for chunk in chunks]
         self.behind = [boundary_width(config, chunk.stop - 1) for chunk in chunks]
@@ -64,7 +64,8 @@ class CarryP2PCommunicator(P2PCommunicator):
         ends of the pipeline, where the neighbour's chunk is one before, or one behind, its own.
         """
         chunks, group = len(self.before), self.config.microbatch_group_size_per_vp_stage
-        table = get_schedule_table(self.num_microbatches(), chunks, group)
+        count = get_num_microbatches() if torch.is_grad_enabled() else self.evaluated
+        table = get_schedule_table(count, chunks, group)
         forward = [chunk for _, chunk in table]
         backward = [chunks - 1 - chunk for chunk in forward]
         if self.is_pp_first_stage:

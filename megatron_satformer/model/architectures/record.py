@@ -10,9 +10,8 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -21,6 +20,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.unsupported import Row
+
+if TYPE_CHECKING:  # it takes seconds, and tools only want what is declared
+    from megatron.core.models.gpt.gpt_model import GPTModel
 
 Packing = Literal["one", "vocabulary", "qkv", "halves"]
 
@@ -140,7 +142,7 @@ class Architecture:
     adapt: Callable[[TransformerLayerSubmodules, Any], TransformerLayerSubmodules] | None = None
     carry: Callable[[Any, int], Carry] = lambda config, n: Carry()
     tensors: Callable[[Any, int], Sequence[OwnTensor]] = lambda options, n: ()
-    finish: Callable[[GPTModel, int], None] | None = None
+    finish: "Callable[[GPTModel, int], None] | None" = None
     refuses: tuple[Row, ...] = ()
     defaults: Callable[[Namespace], dict[str, Any]] = lambda preview: {}
     zero_start: Callable[[Any], str | None] = lambda options: None

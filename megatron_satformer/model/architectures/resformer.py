@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
@@ -119,13 +118,13 @@ class SharedLambdas(MegatronModule):
         }
 
 
-def attach_shared_lambdas(chunk: GPTModel, place: int) -> None:
+def attach_shared_lambdas(chunk: Any, place: int) -> None:
     """Give one pipeline chunk its copy of the shared lambdas.
 
     Every chunk has one, also where no layer mixes: Megatron sums their gradients over all stages.
 
     Args:
-        chunk: not wrapped yet.
+        chunk: a GPTModel, not wrapped yet.
         place: its number in the model; see `SharedLambdas`.
     """
     decoder = chunk.decoder

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RANKS = "tests.model.ranks"
 SHAPE = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 4}
 EVERY = pytest.mark.parametrize("architecture", TABLE)
-COMPARED = re.compile(r"architecture[\"')\]]*\s*(?:==|!=|(?:not )?in [(\[{]\s*[\"'])")
+COMPARED = re.compile(r"architecture[\"')\]]*\s*(?:[=!]=\s*[\"'A-Z]|(?:not )?in [(\[{]\s*[\"'])")
 KNOWN = "|".join(TABLE)
 LISTED = re.compile(rf"[\[({{][^\])}}]*\"(?:{KNOWN})\",\s*\"(?:{KNOWN})\"")
 
@@ -95,7 +95,7 @@ def test_nothing_else_tells_architectures_apart():
         'if config.architecture == "satformer":',
         'architecture != "transformer"',
         'if args.architecture in ("resformer",):',
-        'config["architecture"] == name',
+        'config["architecture"] == PLAIN',
     ],
 )
 def test_a_comparison_is_found(line):

@@ -2,9 +2,10 @@ import pytest
 
 from megatron_satformer.model.architectures.value_residual import ValueResidualConfig
 from tests.models import build_config
+from tests.parallel.layouts import MIXING
 
 SHAPE = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 4}
-BOTH = pytest.mark.parametrize("architecture", ["resformer", "satformer"])
+BOTH = pytest.mark.parametrize("architecture", MIXING)
 
 
 @BOTH
