@@ -384,13 +384,8 @@ def main() -> None:
         evaluated = args.eval_global_batch_size // at_once
         communicator = CarryP2PCommunicator(groups.pp, model.transformer, evaluated)
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
-    pretrain(
-        container,
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        **communication,
-    )
+    provider, kind = train_valid_test_datasets_provider, ModelType.encoder_or_decoder
+    pretrain(container, provider, kind, forward_step, **communication)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,16 +4,18 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_satformer.model.architectures import all_architectures, find_architecture
 from megatron_satformer.unsupported import (
+    ARCHITECTURE,
     EXPORT,
     LOCAL_BACKEND,
     ONE_CPU,
     SDPA,
     TRAINING,
     UNSUPPORTED,
-    VALUE_RESIDUAL,
     Place,
     Row,
+    Table,
     refuse_unsupported,
 )
 
@@ -25,8 +27,6 @@ REFUSED = [
     ("is_hybrid_model", True, EVERYWHERE),
     ("sft", True, {TRAINING}),
     ("apply_residual_connection_post_layernorm", True, {TRAINING, EXPORT}),
-    ("qk_clip", True, {VALUE_RESIDUAL}),
-    ("ckpt_format", "torch", {VALUE_RESIDUAL}),
     ("window_size", (8, 0), ATTENTION | {EXPORT}),
     ("softmax_type", "learnable", ATTENTION | {EXPORT}),
     ("apply_query_key_layer_scaling", True, ATTENTION),
@@ -40,7 +40,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("option", "value", "places"), REFUSED)
 def test_where_an_option_is_refused(option, value, places):
-    for place in (TRAINING, VALUE_RESIDUAL, LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT):
+    for place in (TRAINING, ARCHITECTURE, LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT):
         options = Namespace(**{option: value})
         if place not in places:
             refuse_unsupported(options, place, architecture="resformer")
@@ -49,6 +49,36 @@ def test_where_an_option_is_refused(option, value, places):
             refuse_unsupported(options, place, architecture="resformer")
         assert str(error.value).startswith(f"{option} ({value}) ")
         assert "{" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "by"),
+    [
+        ("qk_clip", True, {"satformer"}),
+        ("ckpt_format", "torch", {"satformer"}),
+        ("optimizer", "muon", {"satformer"}),
+        ("fp8_param_gather", True, {"satformer"}),
+        ("use_megatron_fsdp", True, {"satformer"} | {"resformer"}),
+        ("cuda_graph_impl", "local", {"satformer"} | {"resformer"}),
+    ],
+)
+def test_what_an_architecture_refuses(option, value, by):
+    """For its own reasons alone: only SATFormer has gate rows."""
+    for record in all_architectures():
+        rows: Table = {(ARCHITECTURE,): record.refuses}
+        options = Namespace(**{option: value})
+        if record.name not in by:
+            refuse_unsupported(options, ARCHITECTURE, rows, architecture=record.name)
+            continue
+        with pytest.raises(NotImplementedError, match=rf"architecture \({record.name}\): "):
+            refuse_unsupported(options, ARCHITECTURE, rows, architecture=record.name)
+
+
+def test_no_architecture_refuses_a_default():
+    defaults = Namespace(optimizer="adam", ckpt_format="torch_dist", cuda_graph_impl="none")
+    for record in all_architectures():
+        rows: Table = {(ARCHITECTURE,): find_architecture(record.name).refuses}
+        refuse_unsupported(defaults, ARCHITECTURE, rows, architecture=record.name)
 
 
 def test_what_asks_for_nothing_is_let_through():
