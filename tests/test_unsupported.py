@@ -91,9 +91,10 @@ def test_what_asks_for_nothing_is_let_through():
 
 def test_the_words_of_a_refusal():
     with pytest.raises(NotImplementedError) as error:
-        refuse_unsupported(Namespace(qk_clip=True), VALUE_RESIDUAL, architecture="resformer")
+        rows: Table = {(ARCHITECTURE,): find_architecture("satformer").refuses}
+        refuse_unsupported(Namespace(qk_clip=True), ARCHITECTURE, rows, architecture="satformer")
     assert str(error.value) == (
-        "qk_clip (True) is not supported with architecture (resformer): it treats the rows of "
+        "qk_clip (True) is not supported with architecture (satformer): it treats the rows of "
         "linear_qkv by position, and gate rows are among them. Leave it out, or use "
         "--architecture transformer."
     )
