@@ -90,8 +90,8 @@ def test_what_asks_for_nothing_is_let_through():
 
 
 def test_the_words_of_a_refusal():
+    rows: Table = {(ARCHITECTURE,): find_architecture("satformer").refuses}
     with pytest.raises(NotImplementedError) as error:
-        rows: Table = {(ARCHITECTURE,): find_architecture("satformer").refuses}
         refuse_unsupported(Namespace(qk_clip=True), ARCHITECTURE, rows, architecture="satformer")
     assert str(error.value) == (
         "qk_clip (True) is not supported with architecture (satformer): it treats the rows of "
