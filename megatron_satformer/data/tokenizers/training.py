@@ -74,13 +74,14 @@ def train_tokenizer(
 
     Args:
         inputs: Files, globs, folders or "-", as `find_inputs` takes them.
-        output: A folder; for SentencePieceTokenizer also a name ending in .model. It gets
-            tokenizer.model and tokenizer.vocab, or tokenizer.json and tokenizer_config.json.
+        output: A folder, for tokenizer.model and tokenizer.vocab or for tokenizer.json and
+            tokenizer_config.json; for SentencePieceTokenizer also a name ending in .model.
         vocab_size: Number of ids, all included.
-        json_keys: Keys of a document whose text is used.
-        overwrite: Whether existing files may be replaced.
-        tokenizer_type: One of TYPES.
-        max_bytes: Most bytes of text to learn from, a random sample of the documents; all if None.
+        json_keys: Keys whose text is used.
+        overwrite: Replace an existing tokenizer.
+        tokenizer_type: As Megatron calls it.
+        max_bytes: Learn from a random sample of documents of this many bytes together; all if left
+            out. SentencePiece holds what it learns from in memory, several times over.
         document_separator: What stands between two documents of a .txt file.
 
     Raises:
