@@ -168,8 +168,8 @@ def _train(texts: Iterator[str], vocab_size: int, tokenizer_type: str) -> tuple[
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
     """Trains a SentencePiece BPE such that text comes back exactly; same texts, same bytes.
 
-    The model has unk 0, `<s>` 1, `</s>` 2 (Megatron's eod), no pad, then the 256 bytes, then pieces.
-    Holds all the text in memory.
+    It has unk 0, `<s>` 1, `</s>` 2 (Megatron's eod), no pad, then the 256 bytes, then pieces. Holds
+    all the text in memory.
 
     Args:
         texts: What to learn from.
