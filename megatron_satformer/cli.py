@@ -62,7 +62,8 @@ def add_flags_of(
         names: The parameters, in the order of the help.
         further: By name, what `add_argument` is to get besides; "flags" if it has other names.
     """
-    told = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", target.__doc__ or "", re.MULTILINE))
+    lines = inspect.cleandoc(target.__doc__ or "")
+    told = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", lines, re.MULTILINE))
     parameters = inspect.signature(target).parameters
     for name in names:
         hint, default = parameters[name].annotation, parameters[name].default
