@@ -6,14 +6,16 @@ Both know a mistake by USER_ERRORS and leave by `_refuse`.
 
 import argparse
 import contextlib
+import inspect
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 EXIT_USER_ERROR = 2
 # The first two carry a message written for the user; OSError is the machine's word (disk full,
@@ -42,6 +44,45 @@ class ToolParser(argparse.ArgumentParser):
         """Prints `message` and where the flags are listed, then exits with code 2."""
         print(f"error: {message}. See {self.prog} --help.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def add_flags_of(
+    group: argparse._ActionsContainer,
+    target: Callable[..., object],
+    *names: str,
+    **further: dict[str, Any],
+) -> None:
+    """Adds flags that are parameters of a function, or fields of a dataclass, of the same names.
+
+    Types and defaults are its own, the help is what its docstring says of each.
+
+    Args:
+        group: Parser or group of one.
+        target: What the parsed arguments are for.
+        names: The parameters, in the order of the help.
+        further: By name, what `add_argument` is to get besides; "flags" if it has other names.
+    """
+    lines = inspect.cleandoc(target.__doc__ or "")
+    told = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", lines, re.MULTILINE))
+    parameters = inspect.signature(target).parameters
+    for name in names:
+        hint, default = parameters[name].annotation, parameters[name].default
+        how: dict[str, Any] = {"help": " ".join(told[name].split()), "default": default}
+        if default is inspect.Parameter.empty:
+            how |= {"default": None, "required": True}
+        # "int | None" is an int, "tuple[str, ...] | None" some words.
+        kinds = {get_origin(kind) or kind: kind for kind in (hint, *get_args(hint))}
+        if hint is bool:
+            how["action"] = "store_false" if default else "store_true"
+        elif Literal in kinds:
+            how["choices"] = get_args(kinds[Literal])
+        elif kinds.keys() & {tuple, Sequence}:
+            how |= {"nargs": "+", "default": list(how["default"] or ()) or None}
+        elif kinds.keys() & {int, float}:
+            how["type"] = int if int in kinds else float
+        how |= further.get(name, {})
+        flags = how.pop("flags", (f"--{name.replace('_', '-')}",))
+        group.add_argument(*flags, dest=name, **how)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 
-from megatron_satformer.cli import ToolParser, usage_errors
+from megatron_satformer.cli import ToolParser, add_flags_of, usage_errors
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
@@ -69,3 +71,42 @@ def test_bad_arguments_are_one_line(
     assert end.value.code == 2
     assert stderr.startswith(line)
     assert stderr.count("\n") == 1
+
+
+def test_flags_come_from_what_they_fill():
+    def work(
+        path: str,
+        size: int | None = None,
+        words: Sequence[str] = ("a",),
+        kind: Literal["x", "y"] | None = None,
+        keep: bool = True,
+        dry: bool = False,
+    ) -> None:
+        """Works.
+
+        Args:
+            path: Where.
+            size: How large; this line
+                goes on.
+            words: Which.
+            kind: What.
+            keep: Whether.
+            dry: Whether not.
+        """
+
+    parser = ToolParser()
+    names = ("path", "size", "words", "kind", "keep", "dry")
+    add_flags_of(parser, work, *names, keep={"flags": ["--no-keep"]})
+    assert vars(parser.parse_args(["--path", "p"])) == {
+        "path": "p",
+        "size": None,
+        "words": ["a"],
+        "kind": None,
+        "keep": True,
+        "dry": False,
+    }
+    given = ["--path", "p", "--size", "3", "--words", "b", "c", "--kind", "y", "--no-keep", "--dry"]
+    assert list(vars(parser.parse_args(given)).values()) == ["p", 3, ["b", "c"], "y", False, True]
+    assert "How large; this line goes on." in " ".join(parser.format_help().split())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--path", "p", "--kind", "z"])

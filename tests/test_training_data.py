@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
+from tests.datasets import write_dataset
 from tests.small import PP2, SHAPE
 
 FLAGS = [*SHAPE, "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--train-iters", "3"]
@@ -18,10 +18,7 @@ FLAGS = [*SHAPE, "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--
 def make(prefix: Path, seed: int = 0) -> str:
     random = np.random.default_rng(seed)
     lengths = random.integers(20, 200, 200)
-    with IndexedWriter(prefix, 100, overwrite=True) as writer:
-        writer.add_documents(random.integers(0, 90, lengths.sum()), lengths)
-        publish([writer])
-    return str(prefix)
+    return write_dataset(prefix, random.integers(0, 90, lengths.sum()), lengths)
 
 
 def flags_of(folder: Path) -> list[str]:
@@ -103,9 +100,7 @@ def test_refused_before_any_work(
     pretrain: Callable, tmp_path: Path, flags: str, message: str
 ) -> None:
     paths = [make(tmp_path / "a"), make(tmp_path / "b", 1)]
-    with IndexedWriter(tmp_path / "short", 100) as writer:
-        writer.add_documents(range(90), [1] * 90)
-        publish([writer])
+    write_dataset(tmp_path / "short", range(90), [1] * 90)
     if "98,1,1" in flags:
         paths = [str(tmp_path / "short")]
     given = [*FLAGS, "--split", "80,10,10", "--data-cache-path", tmp_path / "cache"]

@@ -11,11 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.cli import ToolParser, run_tool
 from megatron_satformer.data.datasets.report import open_dataset, render_report, report_dataset
 from megatron_satformer.data.datasets.verify import verify_dataset
-from megatron_satformer.data.tokenizers.decoding import (
-    add_decoding_arguments,
-    take_tokenizer,
-    text_of,
-)
+from megatron_satformer.data.tokenizers.decoding import take_tokenizer, text_of
+from megatron_satformer.data.tokenizers.options import add_tokenizer_arguments
 
 
 def _parser() -> ToolParser:
@@ -34,7 +31,7 @@ def _parser() -> ToolParser:
         "against the manifest.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    add_decoding_arguments(parser)
+    add_tokenizer_arguments(parser, required=False)
     return parser
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
 from megatron_satformer.data.preprocess.main import preprocess
 from megatron_satformer.data.preprocess.options import BACKENDS, ON_ERROR, PreprocessOptions
 from megatron_satformer.data.tokenizers.hugging_face import hide_torch
@@ -40,72 +40,18 @@ REFUSED = {
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     group = parser.add_argument_group("input data")
-    group.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="In this order: files (.jsonl, .txt, also .gz or .zst; .parquet), quoted globs, "
-        "folders, or - for stdin.",
-    )
-    group.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="Keys to tokenize, one data set each."
-    )
-    group.add_argument(
-        "--document-separator",
-        help=r"What stands between two documents of a .txt file, such as '\n\n'; '' for nothing: "
-        "each file is one document.",
-    )
-    group.add_argument(
-        "--on-error",
-        choices=ON_ERROR,
-        default="stop",
-        help="skip leaves bad documents out, and lists them in PREFIX.rejects.jsonl.",
-    )
+    names = ("input", "json_keys", "document_separator", "on_error")
+    add_flags_of(group, PreprocessOptions, *names, on_error={"choices": ON_ERROR})
     add_tokenizer_arguments(parser)
     group = parser.add_argument_group("tokenization process")
-    group.add_argument(
-        "--append-eod", action="store_true", help="End every document with the tokenizer's eod."
-    )
-    group.add_argument(
-        "--keep-empty",
-        action="store_true",
-        help="Keep documents without a token as boundaries, as Megatron-LM's tool does.",
-    )
-    group.add_argument(
-        "--tokenizer-backend",
-        choices=BACKENDS,
-        default="auto",
-        help="auto is fast where the ids are the reference's, and the reference elsewhere.",
-    )
-    group.add_argument(
-        "--verify-fraction",
-        type=float,
-        default=0.01,
-        help="Share of the documents whose fast ids are compared with the reference's; 1 for all.",
-    )
-    _add_output_arguments(parser)
+    names = ("append_eod", "keep_empty", "tokenizer_backend", "verify_fraction")
+    add_flags_of(group, PreprocessOptions, *names, tokenizer_backend={"choices": BACKENDS})
+    group = parser.add_argument_group("output data")
+    add_flags_of(group, PreprocessOptions, "output_prefix", "overwrite")
+    group = parser.add_argument_group("runtime")
+    add_flags_of(group, PreprocessOptions, "workers", "log_interval", "json_log")
     _add_other_arguments(parser)
     return parser
-
-
-def _add_output_arguments(parser: ToolParser) -> None:
-    group = parser.add_argument_group("output data")
-    group.add_argument(
-        "--output-prefix",
-        required=True,
-        help="Writes PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json.",
-    )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="Replace existing output, and unfinished work that does not fit.",
-    )
-    group = parser.add_argument_group("runtime")
-    group.add_argument("--workers", type=int, help="Number of processes; every core if left out.")
-    group.add_argument(
-        "--log-interval", type=int, default=1000, help="Documents between progress updates."
-    )
-    group.add_argument("--json-log", help="File that gets the progress as JSON lines, appended.")
 
 
 def _add_other_arguments(parser: ToolParser) -> None:

@@ -8,11 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.cli import ToolParser, run_tool
-from megatron_satformer.data.tokenizers.decoding import (
-    add_decoding_arguments,
-    take_tokenizer,
-    text_of,
-)
+from megatron_satformer.data.tokenizers.decoding import take_tokenizer, text_of
+from megatron_satformer.data.tokenizers.options import add_tokenizer_arguments
 from megatron_satformer.data.training.blend_report import (
     draw_documents,
     render_blend,
@@ -45,7 +42,7 @@ def _parser() -> ToolParser:
     )
     group.add_argument("--seed", type=int, help="Of what is shown; 1234 if left out.")
     group.add_argument("--json", action="store_true", help="Print one JSON object.")
-    add_decoding_arguments(parser)
+    add_tokenizer_arguments(parser, required=False)
     return parser
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.cli import ToolParser, run_tool
+from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
 from megatron_satformer.data.tokenizers.training import TYPES, train_tokenizer
 
 
@@ -18,27 +18,13 @@ def _parser() -> ToolParser:
         help="Files, globs, folders or - for standard input: JSON lines, Parquet or text, as "
         "preprocess_data.py takes them.",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="Keys whose text is used.")
-    parser.add_argument(
-        "--document-separator", help="What stands between two documents of a .txt file."
+    add_flags_of(
+        parser,
+        train_tokenizer,
+        *("json_keys", "document_separator", "tokenizer_type"),
+        *("vocab_size", "max_bytes", "output", "overwrite"),
+        tokenizer_type={"choices": TYPES},
     )
-    parser.add_argument(
-        "--tokenizer-type", choices=TYPES, default=TYPES[0], help="As Megatron calls it."
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, help="Number of ids.")
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        help="Learn from a random sample of documents of this many bytes together; all if left "
-        "out. SentencePiece holds what it learns from in memory, several times over.",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        help="A folder, for tokenizer.model and tokenizer.vocab or for tokenizer.json and "
-        "tokenizer_config.json; for SentencePieceTokenizer also a name ending in .model.",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace an existing tokenizer.")
     return parser
 
 

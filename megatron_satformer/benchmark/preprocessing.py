@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import batched, islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 
@@ -146,40 +146,27 @@ def time_libraries(source: Path, options: TokenizerOptions, workers: int) -> Ite
 
     Every worker process encodes its share; the clock runs from the moment all are ready.
     """
+    context = get_context("spawn")
     for library in ("fast", "gigatoken", "reference"):
-        context = get_context("spawn")
-        ready, go = context.Semaphore(0), context.Event()
-        done = context.Queue()
-        processes = [
-            context.Process(
-                target=_encode_share,
-                args=(library, source, options, (share, workers), ready, go, done),
-            )
-            for share in range(workers)
-        ]
-        for process in processes:
-            process.start()
-        for _ in processes:
-            ready.acquire()
-        start = time.perf_counter()
-        go.set()
-        answers = [done.get() for _ in processes]
-        seconds = time.perf_counter() - start
-        for process in processes:
-            process.join()
-        if all(answers):
-            yield Timing(f"{library} library alone", [seconds])
+        with context.Manager() as manager, context.Pool(workers) as pool:
+            barrier = manager.Barrier(workers)
+            shares = [(library, source, options, n, workers, barrier) for n in range(workers)]
+            spans = pool.starmap(_encode_share, shares, chunksize=1)
+        found = [span for span in spans if span is not None]
+        if len(found) == workers:
+            begins, ends = zip(*found, strict=True)
+            yield Timing(f"{library} library alone", [max(ends) - min(begins)])
 
 
 def _encode_share(
     library: str,
     source: Path,
     options: TokenizerOptions,
-    share: tuple[int, int],
-    ready: Any,
-    go: Any,
-    done: Any,
-) -> None:
+    number: int,
+    workers: int,
+    barrier: threading.Barrier,
+) -> tuple[float, float] | None:
+    """Returns when this process began and ended, by a clock that all processes share."""
     hide_torch()
     texts: list[str] = []
     encode: Callable[[list[str]], object] | None = None
@@ -187,15 +174,17 @@ def _encode_share(
         encode = _library(library, options)
         parse = build_line_parser(["text"])
         with source.open("rb") as file:
-            texts = [parse(line)[0] for n, line in enumerate(file) if n % share[1] == share[0]]
+            texts = [parse(line)[0] for line in islice(file, number, None, workers)]
     except Exception as error:
         # Not installed, or not for this tokenizer: there is no figure then.
         print(f"{library} library alone: {error}", file=sys.stderr)
-    ready.release()
-    go.wait()
-    for begin in range(0, len(texts), BATCH):
-        encode(texts[begin : begin + BATCH])  # type: ignore[misc]
-    done.put(encode is not None)
+    barrier.wait()
+    begin = time.perf_counter()
+    if encode is None:
+        return None
+    for batch in batched(texts, BATCH):
+        encode(list(batch))
+    return begin, time.perf_counter()
 
 
 def _library(name: str, options: TokenizerOptions) -> Callable[[list[str]], object]:

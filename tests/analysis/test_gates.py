@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_satformer.analysis import gates
-from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 from megatron_satformer.model.architectures import all_architectures
+from tests.datasets import write_dataset
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 13 * 8 + 3).astype(np.uint16)
 
@@ -50,9 +50,7 @@ def test_too_little_text_is_refused(tmp_path):
 
 def test_command(build_folder, tmp_path, monkeypatch, capsys):
     folder, _ = build_folder()
-    with IndexedWriter(tmp_path / "data", vocab_size=400) as writer:
-        writer.add_documents(TOKENS, [27, 40, 40])
-        publish([writer])
+    write_dataset(tmp_path / "data", TOKENS, [27, 40, 40], vocab_size=400)
     argv = ["gates", "--model", folder, "--data-path", tmp_path / "data", "--split", "67,33,0"]
     argv += ["--seq-length", 8, "--output", tmp_path / "gates.json"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in argv])

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 
 from megatron_satformer.analysis.unigram import read_splits, unigram_entropy
-from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
+from tests.datasets import write_dataset
 
 DOCUMENTS = [[0, 0, 1], [1, 0], [2], [0, 3, 3, 1]]  # with 75,25,0 the last one is validation
 
 
 @pytest.fixture
 def prefix(tmp_path):
-    with IndexedWriter(tmp_path / "data", vocab_size=5) as writer:
-        lengths = [len(document) for document in DOCUMENTS]
-        writer.add_documents(np.concatenate(DOCUMENTS), lengths)
-        publish([writer])
+    lengths = [len(document) for document in DOCUMENTS]
+    write_dataset(tmp_path / "data", np.concatenate(DOCUMENTS), lengths, vocab_size=5)
     return tmp_path / "data"
 
 

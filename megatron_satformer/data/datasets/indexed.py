@@ -16,14 +16,11 @@ Megatron's own tool. Source: megatron/core/datasets/indexed_dataset.py (0.19.2).
 
 import os
 import struct
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
-from megatron_satformer.files.atomic import AtomicFile
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -102,106 +99,6 @@ def index_blocks(dtype: np.dtype[np.integer], lengths: npt.NDArray[np.int32]) ->
         ends = offset + np.cumsum(lengths[begin : begin + BLOCK] > 0)
         yield ends.astype("<i8").tobytes()
         offset = int(ends[-1])
-
-
-class IndexedWriter:
-    """Writes one data set; nothing has the final names before `publish`.
-
-    Memory is 4 bytes per document. Use as a context manager: leaving it without `publish` removes
-    what was written.
-
-    Args:
-        prefix: Output prefix, without `.bin`.
-        vocab_size: Size of the vocabulary; it chooses the dtype and bounds the ids.
-        overwrite: Whether an existing data set may be replaced.
-    """
-
-    def __init__(
-        self, prefix: str | os.PathLike[str], vocab_size: int, overwrite: bool = False
-    ) -> None:
-        check_output_free(prefix, overwrite)
-        self.prefix = os.fspath(prefix)
-        self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
-        self.documents = 0
-        self.empty_documents = 0
-        self.tokens = 0
-        self._lengths = array("i")
-        self._bin = AtomicFile(bin_path(prefix))
-        try:
-            self._idx = AtomicFile(idx_path(prefix))
-        except BaseException:
-            self._bin.discard()
-            raise
-
-    def add_documents(self, tokens: npt.ArrayLike, lengths: Sequence[int] | npt.NDArray) -> None:
-        """Appends documents.
-
-        Args:
-            tokens: Token ids of all the documents, end to end. [sum(lengths)]
-            lengths: Number of tokens of each document; 0 is a document without a sequence.
-
-        Raises:
-            ValueError: If an id is negative or not below the vocabulary size, or a document has
-                2^31 tokens or more. Nothing of this call is written then.
-        """
-        ids = np.asarray(tokens)
-        counts = np.asarray(lengths, dtype=np.int64)
-        if ids.size != counts.sum() or (counts < 0).any():
-            raise ValueError(f"lengths must add up to the {ids.size} tokens, not {counts.sum()}.")
-        check_ids(ids, self.vocab_size)
-        if counts.size and counts.max() >= 2**31:
-            raise ValueError(
-                f"a document has {counts.max()} tokens; the format holds 2^31 - 1. Cut it in "
-                "pieces."
-            )
-        self._bin.file.write(ids.astype(self.dtype).tobytes())
-        self._lengths.frombytes(counts.astype(np.int32).tobytes())
-        self.documents += counts.size
-        self.empty_documents += int((counts == 0).sum())
-        self.tokens += ids.size
-
-    def seal(self) -> None:
-        """Writes the index and brings both files to disk, still under their partial names."""
-        for block in index_blocks(self.dtype, np.frombuffer(self._lengths, dtype=np.int32)):
-            self._idx.file.write(block)
-        self._bin.seal()
-        self._idx.seal()
-
-    def discard(self) -> None:
-        """Removes what was written. Does nothing after publishing."""
-        self._bin.discard()
-        self._idx.discard()
-
-    def __enter__(self) -> "IndexedWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-
-def publish(writers: Iterable[IndexedWriter]) -> None:
-    """Seals all the writers, then gives all their files the final names, the `.idx` files last.
-
-    An old index goes first: it must never stand beside new tokens.
-    """
-    writers = list(writers)
-    for writer in writers:
-        writer.seal()
-    for writer in writers:
-        idx_path(writer.prefix).unlink(missing_ok=True)
-        writer._bin.publish()
-    for writer in writers:
-        writer._idx.publish()
-
-
-def check_ids(ids: npt.NDArray, vocab_size: int) -> None:
-    """Raises ValueError unless every id is in [0, vocab_size)."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        bad = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(
-            f"token id {bad} must be in [0, {vocab_size}), the tokenizer's vocabulary."
-        )
 
 
 class IndexedFile:

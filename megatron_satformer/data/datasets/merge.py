@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from megatron_satformer.data.datasets.byte_progress import ByteProgress
+from megatron_satformer.data.datasets.byte_progress import byte_progress
 from megatron_satformer.data.datasets.checksum import FileHash, file_sha256
 from megatron_satformer.data.datasets.indexed import (
     CODES,
@@ -109,7 +110,7 @@ def merge_datasets(
         stack.callback(tokens.discard)
         index = AtomicFile(idx_path(output_prefix))
         stack.callback(index.discard)
-        progress = stack.enter_context(ByteProgress("merging", size))
+        progress = stack.enter_context(byte_progress("merging", size))
         checksums = _write_tokens(parts, tokens, sha256, progress)
         _write_index(parts, index, progress)
         tokens.seal()
@@ -231,7 +232,7 @@ def _check_space(output_prefix: str, size: int) -> None:
 
 
 def _write_tokens(
-    parts: Sequence[Part], output: AtomicFile, sha256: bool, progress: ByteProgress
+    parts: Sequence[Part], output: AtomicFile, sha256: bool, progress: tqdm
 ) -> list[Checksum]:
     """Writes `.bin`; returns the checksums known and, with `sha256`, those of the other parts."""
     target, begin, flushed = output.file.fileno(), 0, 0
@@ -251,7 +252,7 @@ def _write_tokens(
                     count = _copy(source, file.fileno(), offset, output, begin, end - offset)
                     if digest is not None:
                         digest.advance(count)
-                    progress.advance(count)
+                    progress.update(count)
                     offset += count
                     begin += count
                     if begin - flushed >= FLUSH and (flush is None or flush.done()):
@@ -288,7 +289,7 @@ def _copy(path: Path, source: int, offset: int, output: AtomicFile, begin: int, 
     return count
 
 
-def _write_index(parts: Sequence[Part], output: AtomicFile, progress: ByteProgress) -> None:
+def _write_index(parts: Sequence[Part], output: AtomicFile, progress: tqdm) -> None:
     """Writes `.idx`: the parts' rows, moved up by what comes before them."""
     sequences = sum(part.sequences for part in parts)
     documents = sum(part.documents for part in parts)
@@ -320,4 +321,4 @@ def _write_index(parts: Sequence[Part], output: AtomicFile, progress: ByteProgre
             skip = 0
         before_bytes += part.tokens * dtype.itemsize
         before_sequences += part.sequences
-        progress.advance(12 * part.sequences + 8 * part.documents)
+        progress.update(12 * part.sequences + 8 * part.documents)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_satformer.data.datasets.byte_progress import ByteProgress
+from megatron_satformer.data.datasets.byte_progress import byte_progress
 from megatron_satformer.data.datasets.checksum import FileHash, file_sha256
 from megatron_satformer.data.datasets.indexed import REMAKE, IndexedFile, bin_path, idx_path
 from megatron_satformer.data.datasets.manifest import (
@@ -134,7 +134,7 @@ def _read_tokens(
     with (
         path.open("rb", buffering=0) as file,
         FileHash(file.fileno()) as digest,
-        ByteProgress("verifying", sum(parts)) as progress,
+        byte_progress("verifying", sum(parts)) as progress,
     ):
         begin = 0
         for part in parts:
@@ -153,7 +153,7 @@ def _read_tokens(
                     _refuse_token(data, begin + wrong * data.dtype.itemsize, block[wrong], limit)
                 smallest = low if smallest is None else min(smallest, low)
                 largest = high if largest is None else max(largest, high)
-                progress.advance(count)
+                progress.update(count)
                 begin += count
             checksums.append(Checksum(part, digest.restart()))
         return smallest, largest, checksums

@@ -19,7 +19,7 @@ from megatron_satformer.data.reading.chunks import Chunk
 from megatron_satformer.data.reading.documents import EXCERPT, Reader, Rejected, build_reader
 from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
 from megatron_satformer.data.tokenizers.fast import FastTokenizer
-from megatron_satformer.data.tokenizers.hugging_face import copy_backend
+from megatron_satformer.data.tokenizers.hugging_face import BackendTokenizer
 
 # The index holds lengths in 32 bits.
 MOST_TOKENS = 2**31 - 1
@@ -82,7 +82,7 @@ class Encoded:
 
 
 class ChunkEncoder:
-    """Tokenizes chunks. It travels to a worker without its tokenizers, which are built there anew.
+    """Tokenizes chunks. A worker builds its tokenizers anew, all but what pickles.
 
     Args:
         options: Of the run.
@@ -99,21 +99,21 @@ class ChunkEncoder:
 
     def __init__(self, options: PreprocessOptions) -> None:
         self.options = options
-        self.exact = build_tokenizer(options.tokenizer)
         self.vocab_size = self.exact.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self.end = _end_of(self.exact, options) if options.append_eod else None
         self.pipeline: str | None = None
-        self._copy = copy_backend(self.exact)
         self._verified = self._routed = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in BUILT_ANEW}
+        state = {name: value for name, value in vars(self).items() if name not in BUILT_ANEW}
+        backend = getattr(self.exact, "fast", self.exact)
+        return {**state, "exact": backend} if isinstance(backend, BackendTokenizer) else state
 
     @cached_property
     def exact(self) -> Tokenizer:
         """The exact tokenizer, built when it is first needed."""
-        return self._copy.build() if self._copy else build_tokenizer(self.options.tokenizer)
+        return build_tokenizer(self.options.tokenizer)
 
     @cached_property
     def fast(self) -> FastTokenizer:

@@ -16,26 +16,31 @@ ON_ERROR = ("stop", "skip")
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What to tokenize and how; the field names are the flags of tools/preprocess_data.py.
+    r"""What to tokenize and how; the field names are the flags of tools/preprocess_data.py.
 
     One object for a run, its encoding and its tokenizer: it travels whole from the command line to
     the workers.
 
     Attributes:
-        input: Files, globs, folders, or `-` for standard input, in the order of the output.
-        output_prefix: Each key's files are `<output_prefix>_<key>_document.bin` and `.idx`.
+        input: In this order: files (.jsonl, .txt, also .gz or .zst; .parquet), quoted globs,
+            folders, or - for stdin.
+        output_prefix: Writes PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json.
         tokenizer: The tokenizer flags.
-        json_keys: Keys of each document to tokenize, one data set each.
-        append_eod: Whether each document that is not empty ends with the tokenizer's `eod`.
-        document_separator: What stands between two documents of plain text; "" for none.
-        keep_empty: Whether documents without a token stay as boundaries, as in Megatron-LM.
-        on_error: "stop" at the first bad document, or "skip" and write it to the rejects file.
-        tokenizer_backend: "auto" (fast where it is exact), "reference" (the exact one) or "fast".
-        verify_fraction: Share of the documents that the exact tokenizer encodes too.
-        workers: Number of processes; None is the number of cores this process may use.
-        log_interval: Documents between two progress reports.
-        json_log: File for progress reports as JSON lines, or None.
-        overwrite: Whether existing output may be replaced.
+        json_keys: Keys to tokenize, one data set each.
+        append_eod: End every document that is not empty with the tokenizer's eod.
+        document_separator: What stands between two documents of a .txt file, such as '\n\n'; ''
+            for nothing: each file is one document.
+        keep_empty: Keep documents without a token as boundaries, as Megatron-LM's tool does.
+        on_error: stop at the first bad document, or skip: leave bad ones out, and list them in
+            PREFIX.rejects.jsonl.
+        tokenizer_backend: auto is fast where the ids are the reference's, and the reference
+            elsewhere.
+        verify_fraction: Share of the documents whose fast ids are compared with the reference's; 1
+            for all.
+        workers: Number of processes; every core that this one may use if left out.
+        log_interval: Documents between progress updates.
+        json_log: File that gets the progress as JSON lines, appended.
+        overwrite: Replace existing output, and unfinished work that does not fit.
         chunk_bytes: Text in a unit of work.
 
     Raises:

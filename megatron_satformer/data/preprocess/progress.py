@@ -5,8 +5,7 @@ import sys
 import time
 from typing import IO, Any
 
-from tqdm import tqdm
-
+from megatron_satformer.data.datasets.byte_progress import byte_progress
 from megatron_satformer.data.preprocess.encoding import Encoded
 from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.reading.chunks import Chunk
@@ -41,15 +40,7 @@ class Progress:
                 ) from None
         self._bar = None
         if sys.stderr.isatty():
-            # The bar's refresh thread is of no use here: every chunk refreshes it.
-            tqdm.monitor_interval = 0
-            self._bar = tqdm(
-                total=total_bytes or None,
-                initial=done_bytes,
-                unit="B",
-                unit_scale=True,
-                desc="tokenizing",
-            )
+            self._bar = byte_progress("tokenizing", total_bytes or None, done_bytes)
 
     def advance(self, chunk: Chunk, encoded: Encoded) -> None:
         """Counts a finished chunk."""

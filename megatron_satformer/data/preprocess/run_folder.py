@@ -23,6 +23,17 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_satformer.data.datasets.indexed import index_blocks
+from megatron_satformer.data.datasets.manifest import (
+    FORMAT,
+    SUFFIX,
+    VERSION,
+    Checksum,
+    describe_dataset,
+    forget_dataset,
+    manifest_path,
+    write_manifest,
+)
 from megatron_satformer.data.preprocess.encoding import Encoded, KeyTokens
 from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.preprocess.run_identity import check_same_run, describe_run
@@ -31,6 +42,7 @@ from megatron_satformer.data.reading.inputs import Source
 from megatron_satformer.files.atomic import sync, write_atomically
 from megatron_satformer.files.locks import open_locked
 
+REJECTS = ".rejects.jsonl"
 # What a chunk's record counts, and a run adds up.
 COUNTS = ("documents", "bytes", "file_bytes", "rejected", "verified", "routed")
 LENGTH = np.dtype("<i4")
@@ -48,7 +60,8 @@ class Spool:
     def __init__(self, folder: Path, name: str, dtype: np.dtype[np.integer]) -> None:
         self.name = name
         self.dtype = dtype
-        self.bin, self.lengths = folder / f"{name}.bin", folder / f"{name}.lengths"
+        self.bin, self.index = folder / f"{name}.bin", folder / f"{name}.idx"
+        self.lengths = folder / f"{name}.lengths"
         self.documents = self.tokens = self.empty = 0
         self.largest = -1
         self.sha256 = hashlib.sha256()
@@ -100,16 +113,24 @@ class Spool:
             file.seek(size)
             file.truncate()
 
-    def open_lengths(self) -> npt.NDArray[np.int32]:
-        """Returns the length of every document, memory mapped: [documents]."""
-        if self.documents == 0:
-            return np.empty(0, dtype=LENGTH)
-        return np.memmap(self.lengths, dtype=LENGTH, mode="r", shape=(self.documents,))
-
-    def sync(self) -> None:
-        """Brings the tokens to disk."""
-        for file in self._files:
-            os.fsync(file.fileno())
+    def complete(self) -> dict[str, Any]:
+        """Writes the index; returns what the manifest says of the data set."""
+        lengths: npt.NDArray[np.int32] = np.empty(0, dtype=LENGTH)
+        if self.documents:
+            lengths = np.memmap(self.lengths, dtype=LENGTH, mode="r", shape=(self.documents,))
+        digest, size = hashlib.sha256(), 0
+        with self.index.open("wb") as file:
+            for block in index_blocks(self.dtype, lengths):
+                size += file.write(block)
+                digest.update(block)
+        tokens = Checksum(self.tokens * self.dtype.itemsize, self.sha256.hexdigest())
+        index = Checksum(size, digest.hexdigest())
+        name = self.dtype.name
+        return {
+            **describe_dataset(self.documents, self.tokens, name, [tokens], index),
+            "empty_documents": self.empty,
+            "largest_token": self.largest,
+        }
 
     def close(self) -> None:
         """Closes the files."""
@@ -258,17 +279,38 @@ class RunFolder:
         journal.flush()
         self._count(record)
 
-    def publish(self, summary: dict[str, Any], finals: dict[str, str]) -> None:
-        """Gives complete files their final names.
+    def publish(self, summary: dict[str, Any]) -> None:
+        """Completes the files, whose data sets are open, and gives them their final names.
 
         Args:
-            summary: Counts of the run.
-            finals: Name in this folder to final path; `.bin` before `.idx`, the manifest last.
+            summary: Counts for the manifest.
         """
+        prefix, parent = os.fspath(self.options.output_prefix), self.path.parent
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "summary": summary,
+            "asked": self.state["asked"],
+            "datasets": {spool.name: spool.complete() for spool in self.spools},
+        }
+        write_manifest(self.path / f"data{SUFFIX}", manifest)
+        # `.bin` before `.idx`, the manifest last.
+        files = [*(spool.bin for spool in self.spools), *(spool.index for spool in self.spools)]
+        finals = {file.name: os.fspath(parent / file.name) for file in files}
+        rejects = Path(f"{prefix}{REJECTS}")
+        if summary["rejected_documents"]:
+            finals["rejects.jsonl"] = os.fspath(rejects)
+        finals[f"data{SUFFIX}"] = os.fspath(manifest_path(prefix))
+        for spool in self.spools:
+            # Another manifest may describe what stood there before.
+            forget_dataset(parent / spool.name)
         for name in finals:
             sync(self.path / name)
         self.write_state(summary=summary, publishing=finals)
         self.finish_publishing()
+        if not summary["rejected_documents"]:
+            # Of a run that this one replaces.
+            rejects.unlink(missing_ok=True)
 
     def finish_publishing(self) -> None:
         """Does what is left of `publish`, however much was done, and removes the folder."""

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def _describe_tokenizer(options: TokenizerOptions) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return {**found, "sha256": digest.hexdigest(), "packages": _versions()}
+    packages = {name: one.version for name in LIBRARIES for one in distributions(name=name)}
+    return {**found, "sha256": digest.hexdigest(), "packages": packages}
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -60,16 +61,6 @@ def _files_of(path: Path) -> list[Path]:
     return sorted(
         file for file in folder.iterdir() if file.is_file() and file.suffix not in WEIGHTS
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

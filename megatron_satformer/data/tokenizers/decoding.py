@@ -13,18 +13,13 @@ from megatron_satformer.data.tokenizers.options import (
 )
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the tokenizer flags to a tool that can do without a tokenizer."""
-    add_tokenizer_arguments(parser, required=False)
-
-
 def take_tokenizer(arguments: dict[str, Any]) -> Tokenizer | None:
     """Takes the tokenizer flags out of parsed arguments, and builds the tokenizer if one is named.
 
     Without --tokenizer-type, `vocab_size` stays: it is the tool's own.
 
     Args:
-        arguments: `vars` of what a parser with `add_decoding_arguments` returned. Changed.
+        arguments: `vars` of what a parser with `add_tokenizer_arguments` returned. Changed.
 
     Raises:
         ValueError: If the flags do not make a tokenizer.
@@ -33,7 +28,7 @@ def take_tokenizer(arguments: dict[str, Any]) -> Tokenizer | None:
         hide_torch()
         return build_tokenizer(take_tokenizer_options(arguments))
     parser = argparse.ArgumentParser()
-    add_decoding_arguments(parser)
+    add_tokenizer_arguments(parser, required=False)
     for name, default in vars(parser.parse_args([])).items():
         if name != "vocab_size" and arguments.pop(name) != default:
             raise ValueError(

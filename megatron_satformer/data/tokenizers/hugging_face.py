@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,26 @@ def hide_torch() -> None:
 
 
 class BackendTokenizer:
-    """The calls into the package `tokenizers` that the classes below share."""
+    """The calls into the package `tokenizers` that the classes below share.
 
-    vocab_size: int
-    eod: int | None
+    It pickles as its tokenizer.json: another process builds it without transformers (0.9 s).
+    """
 
-    def __init__(self, backend: Any, add_special_tokens: bool) -> None:
+    def __init__(
+        self, backend: Any, add_special_tokens: bool, vocab_size: int, eod: int | None
+    ) -> None:
         self.backend = backend
         self.add_special_tokens = add_special_tokens
+        self.vocab_size, self.eod = vocab_size, eod
         backend.no_truncation()
         backend.no_padding()
         # Read at each call: a worker is one process among many, and takes one core.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names_are_text = self.backend.encode_special_tokens
+        rest = (self.add_special_tokens, self.vocab_size, self.eod)
+        return _unpickle, (self.backend.to_str(), names_are_text, *rest)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids, with whatever the tokenizer's own template adds, as Megatron does."""
@@ -62,47 +69,13 @@ class BackendTokenizer:
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
 
-@dataclass(frozen=True)
-class BackendCopy:
-    """What another process builds the same tokenizer of, without transformers (0.9 s).
+def _unpickle(pipeline: str, names_are_text: bool, *rest: Any) -> BackendTokenizer:
+    from tokenizers import Tokenizer
 
-    Attributes:
-        pipeline: The tokenizer.json.
-        encode_special_tokens: Whether names of special tokens in a text are text.
-        add_special_tokens: Whether the template adds its tokens.
-        vocab_size: Number of ids.
-        eod: Id that ends a document.
-    """
-
-    pipeline: str = field(repr=False)
-    encode_special_tokens: bool
-    add_special_tokens: bool
-    vocab_size: int
-    eod: int | None
-
-    def build(self) -> BackendTokenizer:
-        """Builds the tokenizer."""
-        from tokenizers import Tokenizer as Engine
-
-        backend = Engine.from_str(self.pipeline)
-        backend.encode_special_tokens = self.encode_special_tokens
-        tokenizer = BackendTokenizer(backend, self.add_special_tokens)
-        tokenizer.vocab_size, tokenizer.eod = self.vocab_size, self.eod
-        return tokenizer
-
-
-def copy_backend(tokenizer: object) -> BackendCopy | None:
-    """Returns what travels to workers in place of the flags, or None where they must do."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.fast is None:
-        return None
-    backend = tokenizer.fast.backend
-    return BackendCopy(
-        backend.to_str(),
-        backend.encode_special_tokens,
-        tokenizer.add_special_tokens,
-        tokenizer.vocab_size,
-        tokenizer.eod,
-    )
+    backend = Tokenizer.from_str(pipeline)
+    # Whether the names of special tokens in a text are text: no part of the tokenizer.json.
+    backend.encode_special_tokens = names_are_text
+    return BackendTokenizer(backend, *rest)
 
 
 class HuggingFaceTokenizer:
@@ -130,7 +103,9 @@ class HuggingFaceTokenizer:
         if _encodes_in_the_backend(tokenizer):
             backend = tokenizer.backend_tokenizer
             backend.encode_special_tokens = tokenizer.split_special_tokens
-            self.fast = BackendTokenizer(backend, self.add_special_tokens)
+            self.fast = BackendTokenizer(
+                backend, self.add_special_tokens, self.vocab_size, self.eod
+            )
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids, with whatever the tokenizer's own template adds, as Megatron does."""
@@ -242,6 +217,5 @@ class GPT2BPETokenizer(BackendTokenizer):
                 for token in (GPT2_END, *(options.special_tokens or ()))
             ]
         )
-        super().__init__(backend, add_special_tokens=True)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.eod: int | None = backend.token_to_id(GPT2_END)
+        size = backend.get_vocab_size(with_added_tokens=True)
+        super().__init__(backend, True, size, backend.token_to_id(GPT2_END))

@@ -12,6 +12,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_satformer.cli import add_flags_of
+
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED = (
     *SENTENCEPIECE,
@@ -30,18 +32,21 @@ class TokenizerOptions:
 
     Attributes:
         tokenizer_type: One of SUPPORTED.
-        tokenizer_model: SentencePiece model file; Hugging Face folder or tokenizer.json; TikToken
-            vocabulary (.json).
-        vocab_size: Number of ids, for NullTokenizer and TikTokenizer (which defaults to 131072).
-        vocab_file: GPT-2's vocab.json.
-        merge_file: GPT-2's merges.txt.
-        special_tokens: Further special tokens; for TikTokenizer the whole list.
-        tiktoken_pattern: "v1" or "v2"; v2 if left out.
-        tiktoken_num_special_tokens: Ids in front of the vocabulary.
+        tokenizer_model: SentencePiece model; local Hugging Face folder or tokenizer.json; for
+            TikTokenizer its vocabulary, a .json list.
+        vocab_size: Number of ids: NullTokenizer, TikTokenizer (default there 131072).
+        vocab_file: vocab.json of GPT2BPETokenizer.
+        merge_file: merges.txt of GPT2BPETokenizer.
+        special_tokens: Further special tokens; for TikTokenizer the whole list in place of its own
+            seven.
+        tiktoken_pattern: v2 if left out.
+        tiktoken_num_special_tokens: Ids kept in front of the vocabulary.
         tokenizer_sentencepiece_legacy: Refused.
-        tokenizer_sentencepiece_ignore_extra_whitespaces: False is refused where it would matter.
-        tokenizer_hf_no_use_fast: Ask transformers for its slow class.
-        tokenizer_hf_no_include_special_tokens: Leave out what the tokenizer's template adds.
+        tokenizer_sentencepiece_ignore_extra_whitespaces: False is refused for a model that drops
+            repeated spaces; no other needs it.
+        tokenizer_hf_no_use_fast: transformers' use_fast=False.
+        tokenizer_hf_no_include_special_tokens: Leave out what the tokenizer's template adds, such
+            as a bos.
         trust_remote_code: Run the tokenizer's own Python code.
         null_tokenizer_eod_id: Id that ends a document; the last one if left out.
     """
@@ -127,13 +132,14 @@ TRAINING_ONLY: dict[tuple[str, ...], dict[str, Any]] = {
 }
 
 
-def flag_of(name: str) -> str:
-    """Returns the flag of an option, as Megatron spells it."""
-    if name == "tokenizer_sentencepiece_ignore_extra_whitespaces":
-        return "--no-tokenizer-sentencepiece-ignore-extra-whitespaces"
-    if name == "special_tokens":
-        return "--tokenizer-special-tokens"
-    return "--" + name.replace("_", "-")
+# Options whose flags have other names.
+RENAMED = {
+    "tokenizer_sentencepiece_ignore_extra_whitespaces": (
+        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+        "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
+    ),
+    "special_tokens": ("--tokenizer-special-tokens",),
+}
 
 
 def check_tokenizer_options(options: TokenizerOptions) -> None:
@@ -165,52 +171,13 @@ def check_tokenizer_options(options: TokenizerOptions) -> None:
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the tokenizer flags to a tool, by Megatron's names. See `take_tokenizer_options`."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--tokenizer-type", required=required, help=f"One of {', '.join(SUPPORTED)}."
-    )
-    group.add_argument(
-        "--tokenizer-model",
-        help="SentencePiece model; local Hugging Face folder or tokenizer.json; for TikTokenizer "
-        "its vocabulary, a .json list.",
-    )
-    group.add_argument(
-        "--vocab-size",
-        type=int,
-        help=f"Number of ids: NullTokenizer, TikTokenizer (default there {TIKTOKEN_VOCAB_SIZE}).",
-    )
-    group.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer.")
-    group.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer.")
+    kind = {"required": required, "help": f"One of {', '.join(SUPPORTED)}."}
+    further = {name: {"flags": flags} for name, flags in RENAMED.items()}
+    names = [field.name for field in fields(TokenizerOptions)]
+    add_flags_of(group, TokenizerOptions, *names, tokenizer_type=kind, **further)
     group.add_argument(
         "--vocab", help="Old name of --vocab-file, or of --tokenizer-model where the type has that."
     )
-    group.add_argument(
-        "--tokenizer-special-tokens",
-        dest="special_tokens",
-        nargs="+",
-        help="Further special tokens; for TikTokenizer the whole list in place of its own seven.",
-    )
-    group.add_argument("--tiktoken-pattern", choices=("v1", "v2"), help="v2 if left out.")
-    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, help="Ids kept.")
-    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true", help="Refused.")
-    group.add_argument(
-        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
-        "--disable-tokenizer-sentencepiece-ignore-extra-whitespaces",
-        dest="tokenizer_sentencepiece_ignore_extra_whitespaces",
-        action="store_false",
-        help="Refused for a model that drops repeated spaces; no other needs it.",
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-use-fast", action="store_true", help="transformers' use_fast=False."
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
-        help="Leave out what the tokenizer's template adds, such as a bos.",
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="Run the tokenizer's own Python code."
-    )
-    group.add_argument("--null-tokenizer-eod-id", type=int, help="The last id if left out.")
     group.add_argument("--tokenizer-metadata", help="Refused: --tokenizer-type says it all.")
     for flags, how in TRAINING_ONLY.items():
         group.add_argument(*flags, help="Training's; the ids do not depend on it.", **how)
@@ -243,9 +210,9 @@ def take_tokenizer_options(arguments: dict[str, Any]) -> TokenizerOptions:
         if arguments[name] is not None:
             raise ValueError(
                 f"vocab ({old}) must be left out when {name} ({arguments[name]}) is given: it is "
-                f"the old name of {flag_of(name)}."
+                f"the old name of --{name.replace('_', '-')}."
             )
-        _note(f"--vocab is the old name of {flag_of(name)}.")
+        _note(f"--vocab is the old name of --{name.replace('_', '-')}.")
         arguments[name] = old
     values = {field.name: arguments.pop(field.name) for field in fields(TokenizerOptions)}
     if values["special_tokens"] is not None:

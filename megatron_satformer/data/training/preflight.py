@@ -43,8 +43,6 @@ class DatasetSummary:
         prefix: Its path without `.bin`.
         documents: Sequences in it, which is what Megatron splits by.
         tokens: Tokens in it.
-        dtype: Name of the dtype of its tokens.
-        largest_token: Largest id seen, or -1 if the vocabulary is unknown and nothing was scanned.
         split_documents: Documents that train, valid and test get.
         split_tokens: Tokens that train, valid and test get, per epoch.
         option: The flag that names it, as "data_path (prefix)".
@@ -54,8 +52,6 @@ class DatasetSummary:
     prefix: str
     documents: int
     tokens: int
-    dtype: str
-    largest_token: int
     split_documents: tuple[int, int, int]
     split_tokens: tuple[int, int, int]
     option: str
@@ -83,10 +79,6 @@ class DataSummary:
     def tokens(self) -> int:
         """Tokens of all the data sets."""
         return sum(dataset.tokens for dataset in self.datasets)
-
-    def split_tokens(self, split: str) -> int:
-        """Returns the tokens of one epoch of a split ("train", "valid" or "test")."""
-        return sum(dataset.split_tokens[SPLITS.index(split)] for dataset in self.datasets)
 
     def shares(self, split: str) -> list[Share]:
         """Returns what each data set gives to a split ("train", "valid" or "test")."""
@@ -275,7 +267,7 @@ def _check_dataset(
         raise ValueError(
             f"{option} must hold integer tokens, not {data.dtype.name}. Choose another."
         )
-    largest = _check_tokens(option, data, vocab_size, scan_tokens)
+    _check_tokens(option, data, vocab_size, scan_tokens)
     ranges = split_documents(shares, len(data))
     tokens = [
         0 if bounds is None else int(np.sum(data.lengths[slice(*bounds)], dtype=np.int64))
@@ -294,8 +286,6 @@ def _check_dataset(
         data.prefix,
         len(data),
         int(data.tokens.size),
-        data.dtype.name,
-        largest,
         tuple(0 if b is None else b[1] - b[0] for b in ranges),  # type: ignore[arg-type]
         tuple(tokens),  # type: ignore[arg-type]
         option,
@@ -303,9 +293,9 @@ def _check_dataset(
     )
 
 
-def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_tokens: int) -> int:
+def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_tokens: int) -> None:
     if vocab_size is None:
-        return -1
+        return
     if data.dtype == np.dtype("<u2") and vocab_size > np.iinfo(np.uint16).max + 1:
         raise ValueError(
             f"{option} holds uint16 tokens, but the tokenizer has {vocab_size} pieces: it cannot "
@@ -320,7 +310,6 @@ def _check_tokens(option: str, data: IndexedFile, vocab_size: int | None, scan_t
             f"the token {bad}. Tokenize again with this tokenizer, or train with the one the data "
             "was made with."
         )
-    return largest
 
 
 def _token_range(option: str, data: IndexedFile, scan_tokens: int) -> tuple[int, int]:

@@ -6,23 +6,19 @@ import pytest
 
 from megatron_satformer.data.datasets.indexed import (
     IndexedFile,
-    IndexedWriter,
     bin_path,
+    check_output_free,
     idx_path,
-    publish,
     token_dtype,
 )
+from tests.datasets import write_dataset
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(40)), [], [99, 0]]
 
 
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 100, **options: bool) -> Path:
-    with IndexedWriter(prefix, vocab_size, **options) as writer:
-        # In two batches: what a document is must not depend on them.
-        for batch in (documents[:2], documents[2:]):
-            tokens = [token for document in batch for token in document]
-            writer.add_documents(tokens, [len(document) for document in batch])
-        publish([writer])
+def write(prefix: Path, documents: list[list[int]], vocab_size: int = 100) -> Path:
+    tokens = [token for document in documents for token in document]
+    write_dataset(prefix, tokens, [len(document) for document in documents], vocab_size)
     return prefix
 
 
@@ -58,64 +54,17 @@ def test_bytes_equal_megatrons_and_each_reads_the_other(tmp_path: Path, vocab_si
     assert read_by_us.dtype == token_dtype(vocab_size)
 
 
-@pytest.mark.parametrize("bad", [-1, 100, 65536 + 5, 2**40])
-def test_an_id_outside_the_vocabulary_is_refused_not_wrapped(tmp_path: Path, bad: int) -> None:
-    with (
-        IndexedWriter(tmp_path / "a", 100) as writer,
-        pytest.raises(ValueError, match=rf"token id {bad} must be in \[0, 100\)"),
-    ):
-        writer.add_documents([1, bad, 2], [3])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_lengths_must_fit_the_tokens(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "a", 100) as writer:
-        for lengths in ([2], [4, -1]):
-            with pytest.raises(ValueError, match="lengths must add up to the 3 tokens"):
-                writer.add_documents([1, 2, 3], lengths)
-
-
-def test_nothing_has_the_final_names_before_publish(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "a", 100) as writer:
-        writer.add_documents([1, 2], [2])
-        writer.seal()
-        assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", DOCUMENTS)
-    before = bin_path(prefix).read_bytes()
     with pytest.raises(ValueError, match=r"a\.idx exists already. Pass --overwrite"):
-        write(prefix, [[1], [2], [3]])
-    assert bin_path(prefix).read_bytes() == before
-    write(prefix, [[1], [2], [3]], overwrite=True)
-    assert IndexedFile(prefix).tokens.tolist() == [1, 2, 3]
+        check_output_free(prefix, overwrite=False)
+    check_output_free(prefix, overwrite=True)
     idx_path(prefix).unlink()
     with pytest.raises(ValueError, match=r"a\.bin exists already"):
-        write(prefix, DOCUMENTS)
-
-
-def test_a_kill_between_the_two_renames_can_be_repeated(tmp_path: Path) -> None:
-    prefix = tmp_path / "a"
-    writer = IndexedWriter(prefix, 100)
-    writer.add_documents([1, 2], [2])
-    writer.seal()
-    writer._bin.publish()
-    writer._idx.file.close()  # what the kernel does to a killed process
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx.partial"]
-    write(prefix, DOCUMENTS)
-    assert IndexedFile(prefix).documents == len(DOCUMENTS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
-
-
-def test_two_writers_of_one_output_cannot_mix(tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "a", 100) as writer:
-        writer.add_documents([1, 2], [2])
-        with pytest.raises(ValueError, match="being written by another process"):
-            IndexedWriter(tmp_path / "a", 100)
-        publish([writer])
-    assert IndexedFile(tmp_path / "a").tokens.tolist() == [1, 2]
+        check_output_free(prefix, overwrite=False)
+    # What a kill between the two renames leaves can be repeated.
+    Path(f"{idx_path(prefix)}.partial").touch()
+    check_output_free(prefix, overwrite=False)
 
 
 def damage(path: Path, offset: int, data: bytes) -> None:

@@ -12,10 +12,8 @@ import pytest
 from megatron_satformer.data.datasets import indexed, merge
 from megatron_satformer.data.datasets.indexed import (
     IndexedFile,
-    IndexedWriter,
     bin_path,
     idx_path,
-    publish,
 )
 from megatron_satformer.data.datasets.manifest import (
     Checksum,
@@ -27,16 +25,14 @@ from megatron_satformer.data.datasets.manifest import (
 from megatron_satformer.data.datasets.merge import merge_datasets
 from megatron_satformer.data.datasets.verify import verify_dataset
 from megatron_satformer.files.atomic import AtomicFile
+from tests.datasets import write_dataset
 
 
 def make(prefix: Path, seed: int, documents: int = 20, vocab_size: int = 100) -> str:
     """One sequence per document, empty documents among them."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 4, size=documents)
-    with IndexedWriter(prefix, vocab_size) as writer:
-        writer.add_documents(rng.integers(0, 100, size=lengths.sum()), lengths)
-        publish([writer])
-    return str(prefix)
+    return write_dataset(prefix, rng.integers(0, 100, size=lengths.sum()), lengths, vocab_size)
 
 
 def make_in_sequences(prefix: Path) -> str:
@@ -249,6 +245,15 @@ def test_a_kill_between_the_two_renames_can_be_repeated(
     assert sorted(p.name for p in tmp_path.glob("all*")) == ["all.bin", "all.idx.partial"]
     merge_datasets(parts, str(tmp_path / "all"))
     assert IndexedFile(tmp_path / "all").documents == 40
+
+
+def test_two_writers_of_one_output_cannot_mix(tmp_path: Path) -> None:
+    part = make(tmp_path / "a", 1)
+    with (
+        AtomicFile(tmp_path / "all.bin"),
+        pytest.raises(ValueError, match="being written by another process"),
+    ):
+        merge_datasets([part], str(tmp_path / "all"))
 
 
 def test_the_tool(tmp_path: Path, tool: Callable, fails: Callable[..., str]) -> None:

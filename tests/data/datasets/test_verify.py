@@ -12,10 +12,8 @@ from megatron_satformer.data.datasets import verify
 from megatron_satformer.data.datasets.checksum import file_sha256
 from megatron_satformer.data.datasets.indexed import (
     IndexedFile,
-    IndexedWriter,
     bin_path,
     idx_path,
-    publish,
 )
 from megatron_satformer.data.datasets.manifest import (
     Checksum,
@@ -29,15 +27,15 @@ from megatron_satformer.data.datasets.manifest import (
 from megatron_satformer.data.datasets.report import open_dataset, report_dataset
 from megatron_satformer.data.datasets.verify import verify_dataset
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
+from tests.datasets import write_dataset
 
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(40)), [99, 0]]
 
 
 def make(prefix: Path, documents: list[list[int]] = DOCUMENTS) -> Path:
     tokens = [token for document in documents for token in document]
-    with IndexedWriter(prefix, 70_000 if max(tokens) >= 65_500 else 100) as writer:
-        writer.add_documents(tokens, [len(document) for document in documents])
-        publish([writer])
+    lengths = [len(document) for document in documents]
+    write_dataset(prefix, tokens, lengths, 70_000 if max(tokens) >= 65_500 else 100)
     return prefix
 
 
@@ -197,11 +195,9 @@ def test_the_tool_shows_text(
 
     tokenizer = build_tokenizer(TokenizerOptions("SentencePieceTokenizer", spm_model))
     prefix = tmp_path / "corpus_text_document"
-    with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
-        for text in texts:
-            ids = tokenizer.encode(text)
-            writer.add_documents(ids, [len(ids)])
-        publish([writer])
+    documents = tokenizer.encode_batch(texts)
+    lengths = [len(ids) for ids in documents]
+    write_dataset(prefix, [id_ for ids in documents for id_ in ids], lengths, tokenizer.vocab_size)
     record(prefix, manifest_path(tmp_path / "corpus"))
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", spm_model)
     result = tool("inspect_dataset", prefix, *flags, "--document", 3, 9, "--verify", "--json")

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_satformer.data.datasets.indexed import IndexedFile, bin_path, idx_path
 from megatron_satformer.data.datasets.manifest import read_manifest
-from megatron_satformer.data.preprocess import encoding, tokenize_run
+from megatron_satformer.data.preprocess import encoding, main
 from megatron_satformer.data.preprocess.main import preprocess
 from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
@@ -282,8 +282,8 @@ def test_a_mismatch_starts_over_on_the_reference(
     preprocess(PreprocessOptions([corpus], tmp_path / "right", spm, **options))  # type: ignore[arg-type]
     # Small inputs are not worth a fast tokenizer, and fast_pipeline compares too.
     pipeline = fast_pipeline(spm, build_tokenizer(spm))
-    monkeypatch.setattr(tokenize_run, "SMALL", 0)
-    monkeypatch.setattr(tokenize_run, "fast_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(main, "SMALL", 0)
+    monkeypatch.setattr(main, "fast_pipeline", lambda *_: pipeline)
     monkeypatch.setattr(encoding.FastTokenizer, "encode_batch", swapped)
     summary = preprocess(PreprocessOptions([corpus], tmp_path / "x", spm, **options))  # type: ignore[arg-type]
     assert summary.backend == "reference"

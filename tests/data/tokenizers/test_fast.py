@@ -25,11 +25,15 @@ from tokenizers import (
     processors,
 )
 
-from megatron_satformer.data.tokenizers.byte_level_training import SPLIT
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
-from megatron_satformer.data.tokenizers.fast import FastTokenizer, FastUnavailable, fast_pipeline
+from megatron_satformer.data.tokenizers.fast import (
+    FastTokenizer,
+    FastUnavailable,
+    fast_pipeline,
+    means_the_same,
+)
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.split_regex import means_the_same
+from megatron_satformer.data.tokenizers.training import SPLIT
 from tests.texts import source_texts
 
 ROOT = Path(__file__).resolve().parents[3]

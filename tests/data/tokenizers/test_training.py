@@ -11,8 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
-from megatron_satformer.data.tokenizers.text_sample import sample_documents
-from megatron_satformer.data.tokenizers.training import train_tokenizer
+from megatron_satformer.data.tokenizers.training import sample_documents, train_tokenizer
 from tests.texts import write_lines
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 from megatron_satformer.data.training.blend_report import (
     SplitReport,
     draw_documents,
@@ -13,6 +12,7 @@ from megatron_satformer.data.training.blend_report import (
     report_blend,
     wanted_samples,
 )
+from tests.datasets import write_dataset
 
 SEQUENCE = 8
 
@@ -20,10 +20,7 @@ SEQUENCE = 8
 def make(prefix: Path, documents: int, first: int) -> str:
     """Data sets of unequal documents; every token says which one it comes from."""
     lengths = np.random.default_rng(first).integers(1, 30, size=documents)
-    with IndexedWriter(prefix, 1000) as writer:
-        writer.add_documents(np.full(lengths.sum(), first), lengths)
-        publish([writer])
-    return str(prefix)
+    return write_dataset(prefix, np.full(lengths.sum(), first), lengths, 1000)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_satformer.data.datasets.indexed import IndexedWriter, publish
 from megatron_satformer.data.training.index_cache import (
     IndexSet,
     checksum_file,
@@ -20,6 +19,7 @@ from megatron_satformer.data.training.index_cache import (
     plan_config,
     prepare_index_sets,
 )
+from tests.datasets import write_dataset
 
 SAMPLES = (40, 8, 4)
 SPLIT = "80,10,10"
@@ -28,10 +28,7 @@ SPLIT = "80,10,10"
 def make(prefix: Path, seed: int = 0, documents: int = 60) -> str:
     random = np.random.default_rng(seed)
     lengths = random.integers(5, 60, documents)
-    with IndexedWriter(prefix, 100, overwrite=True) as writer:
-        writer.add_documents(random.integers(0, 100, lengths.sum()), lengths)
-        publish([writer])
-    return str(prefix)
+    return write_dataset(prefix, random.integers(0, 100, lengths.sum()), lengths)
 
 
 def make_config(cache: Path | None, *values: object, **options: Any) -> Any:

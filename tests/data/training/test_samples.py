@@ -101,7 +101,7 @@ def test_too_few_tokens_for_a_sample(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         check_plan(plan(train=[share("a", SEQUENCE)]), (8, 0, 0), SEQUENCE)
     small, large = make(tmp_path / "a", documents=10), make(tmp_path / "b", documents=200)
-    assert check_training_data([small], "80,10,10").split_tokens("valid") <= SEQUENCE
+    assert check_training_data([small], "80,10,10").datasets[0].split_tokens[1] <= SEQUENCE
     with pytest.raises(AssertionError):
         build(make_config(tmp_path / "cache", small, large))
 
