@@ -66,16 +66,14 @@ def run_timed(timing: Timing, command: Sequence[str], megatron: Path | None = No
     Raises:
         ValueError: If it fails.
     """
-    environment = dict(os.environ)
-    if megatron is not None:
-        environment["PYTHONPATH"] = os.fspath(megatron)
+    packages = {} if megatron is None else {"PYTHONPATH": os.fspath(megatron)}
     start = time.perf_counter()
     with subprocess.Popen(
         list(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | packages,
     ) as process:
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(process.pid, timing, stop))
@@ -121,10 +119,7 @@ def preprocess_commands(
         commands["Megatron-LM"] = [sys.executable, tool, *usual, "--workers", str(workers)]
         if hugging_face:
             tool = os.fspath(megatron / "tools" / "preprocess_data_fast.py")
-            commands["Megatron-LM fast"] = [
-                *[sys.executable, tool, *usual],
-                "--use-gigatoken",
-            ]
+            commands["Megatron-LM fast"] = [sys.executable, tool, *usual, "--use-gigatoken"]
     found = {}
     for number, (name, command) in enumerate(commands.items()):
         prefix = out / f"data{number}"
@@ -148,23 +143,20 @@ def time_libraries(source: Path, options: TokenizerOptions, workers: int) -> Ite
     """
     for library in ("fast", "gigatoken", "reference"):
         context = get_context("spawn")
-        ready, go = context.Semaphore(0), context.Event()
-        done = context.Queue()
+        start, done = context.Barrier(workers + 1), context.Queue()
         processes = [
             context.Process(
                 target=_encode_share,
-                args=(library, source, options, (share, workers), ready, go, done),
+                args=(library, source, options, (share, workers), start, done),
             )
             for share in range(workers)
         ]
         for process in processes:
             process.start()
-        for _ in processes:
-            ready.acquire()
-        start = time.perf_counter()
-        go.set()
+        start.wait()
+        begin = time.perf_counter()
         answers = [done.get() for _ in processes]
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begin
         for process in processes:
             process.join()
         if all(answers):
@@ -176,8 +168,7 @@ def _encode_share(
     source: Path,
     options: TokenizerOptions,
     share: tuple[int, int],
-    ready: Any,
-    go: Any,
+    start: Any,
     done: Any,
 ) -> None:
     hide_torch()
@@ -191,8 +182,7 @@ def _encode_share(
     except Exception as error:
         # Not installed, or not for this tokenizer: there is no figure then.
         print(f"{library} library alone: {error}", file=sys.stderr)
-    ready.release()
-    go.wait()
+    start.wait()
     for begin in range(0, len(texts), BATCH):
         encode(texts[begin : begin + BATCH])  # type: ignore[misc]
     done.put(encode is not None)

@@ -6,18 +6,16 @@ of a process of its own, above what it held before the model was built.
 """
 
 import os
-import resource
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.benchmark.fresh_process import measure_in_own_process
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture
 
@@ -84,7 +82,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         Options, device, and per architecture the median, minimum and maximum step time (ms) and
         the peak memory (MiB); "step_time_ratio" and "peak_memory_ratio" are second / first.
     """
-    memory = [_peak_memory(options, architecture) for architecture in options.architectures]
+    memory = [measure_in_own_process(_peak_memory, options, a) for a in options.architectures]
     cuda = _start(options)
     trainers = [_Trainer(options, architecture) for architecture in options.architectures]
     times: list[list[float]] = [[], []]
@@ -132,25 +130,18 @@ def format_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _peak_memory(options: BenchmarkOptions, architecture: str) -> float:
-    """Bytes one training process needs at its peak, beyond the imported libraries."""
-    return measure_in_own_process(_report_peak, options, architecture, name=architecture)
-
-
-def _report_peak(sender: Any, options: BenchmarkOptions, architecture: str) -> None:
+def _peak_memory(options: BenchmarkOptions, architecture: str) -> int:
+    """Bytes that this process needs for training at its peak, beyond the imported libraries."""
     cuda = _start(replace(options, architectures=(architecture, architecture)))
     _Trainer(options, architecture)  # whatever the first model imports is not the model's
-    before = psutil.Process().memory_info().rss
+    before = resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer = _Trainer(options, architecture)
     for _ in range(MEMORY_STEPS):
         trainer.step()
-    if cuda:
-        sender.send(torch.cuda.max_memory_allocated())
-    else:
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
     torch.distributed.destroy_process_group()
+    return torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
 
 
 def _start(options: BenchmarkOptions) -> bool:
