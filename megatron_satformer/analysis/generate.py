@@ -141,12 +141,9 @@ def load_model(
     """
     if tokenizer == "none":
         raise ValueError("tokenizer (none) must be a file or folder: text is written with it.")
-    if is_hugging_face(load):
-        if step is not None:
-            raise ValueError(
-                f"step ({step}) must not be given with a Hugging Face folder ({load})."
-            )
-        where = _check_device(device)
+    hugging_face = is_hugging_face(load, step=step)
+    where = _check_device(device)
+    if hugging_face:
         tokens = _folder_tokenizer(load, tokenizer)
         model = load_hugging_face_model(load, DTYPES[dtype] if dtype else "auto")
         rows = model.get_input_embeddings().weight.shape[0]
@@ -156,7 +153,6 @@ def load_model(
                 "the one that the model was trained with."
             )
     else:
-        where = _check_device(device)
         model, tokens = _load_megatron(load, step, tokenizer, dtype)
     return model.to(where).eval(), tokens
 
