@@ -9,10 +9,8 @@ Per mixing layer and KV head: the mean of alpha, and the share of tokens where a
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +69,14 @@ def measure_gates(
     ids = torch.from_numpy(tokens[: count * seq_length].astype(np.int64)).view(count, seq_length)
     sums: list[torch.Tensor] = []
     zeros: list[torch.Tensor] = []
-    for gates in _gates_of(model, ids.to(device), batch):
+    for rows in ids.to(device).split(batch):
+        with torch.inference_mode():
+            # alpha [b, s, ng] of each mixing layer
+            gates = model(rows, output_gates=True, use_cache=False, logits_to_keep=1).gates
+        if not gates:
+            raise ValueError(
+                f"architecture ({model.config.architecture}) must be one whose layers have gates."
+            )
         if not sums:
             sums = [torch.zeros(alpha.size(-1), dtype=torch.float64) for alpha in gates]
             zeros = [torch.zeros_like(total) for total in sums]
@@ -85,17 +90,6 @@ def measure_gates(
         tokens=ids.numel(),
         value_gate=model.config.value_gate,
     )
-
-
-def _gates_of(model: Any, ids: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    for rows in ids.split(batch):
-        with torch.inference_mode():
-            gates = model(rows, output_gates=True, use_cache=False, logits_to_keep=1).gates
-        if not gates:
-            raise ValueError(
-                f"architecture ({model.config.architecture}) must be one whose layers have gates."
-            )
-        yield gates  # alpha [b, s, ng] of each mixing layer
 
 
 def main() -> None:

@@ -5,9 +5,7 @@ memory is taken per architecture: on a GPU from the allocator, on the CPU as the
 of a process of its own, above what it held before the model was built.
 """
 
-import os
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,17 +45,14 @@ class _Trainer:
     def __init__(self, options: BenchmarkOptions, architecture: str) -> None:
         torch.manual_seed(0)
         self.model = _build_model(options, architecture)
-        fused = self.model_device.type == "cuda"
+        self.device = next(self.model.parameters()).device
+        fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
         size = (options.micro_batch_size, options.seq_length + 1)
-        ids = torch.randint(options.vocab_size, size).to(self.model_device)
+        ids = torch.randint(options.vocab_size, size).to(self.device)
         self.tokens, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        positions = torch.arange(options.seq_length, device=self.model_device)
+        positions = torch.arange(options.seq_length, device=self.device)
         self.positions = positions.expand(options.micro_batch_size, -1)
-
-    @property
-    def model_device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def step(self) -> float:
         """One forward, backward and update; seconds."""
@@ -71,7 +66,7 @@ class _Trainer:
         return time.perf_counter() - start
 
     def synchronize(self) -> None:
-        if self.model_device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -148,9 +143,7 @@ def _start(options: BenchmarkOptions) -> bool:
     from megatron.core import parallel_state, tensor_parallel
 
     cuda = choose_device(options.device)
-    handle, path = tempfile.mkstemp()
-    os.close(handle)
-    store = torch.distributed.FileStore(path, 1)
+    store = torch.distributed.HashStore()
     backend = "nccl" if cuda else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

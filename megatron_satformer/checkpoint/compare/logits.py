@@ -186,7 +186,13 @@ def compare_models(
     if content is None:
         tokens = draw_tokens(vocab_size, sequences, seq_length, seed)
     else:
-        encode = _find_encode(*sides)
+        encode = next((side.encode for side in sides if side.encode is not None), None)
+        if encode is None:
+            reasons = "; ".join(side.no_tokenizer.rstrip(".") for side in sides)
+            raise ValueError(
+                f"text must come with a tokenizer, and there is none ({reasons}). Leave --text out "
+                "for random tokens."
+            )
         tokens = encode_text(content, f"text {text}", encode, sequences, seq_length)
     return _compare(*sides, tokens, vocab_size, dtype)
 
@@ -295,16 +301,6 @@ def _common_vocabulary(a: _Side, b: _Side) -> int:
             + (", and have it where the checkpoint's args say." if not known else ".")
         )
     return size
-
-
-def _find_encode(a: _Side, b: _Side) -> Callable[[str], Any]:
-    for side in (a, b):
-        if side.encode is not None:
-            return side.encode
-    raise ValueError(
-        f"text must come with a tokenizer, and there is none ({a.no_tokenizer.rstrip('.')}; "
-        f"{b.no_tokenizer.rstrip('.')}). Leave --text out for random tokens."
-    )
 
 
 def _compare(a: _Side, b: _Side, tokens: SampleTokens, vocab_size: int, dtype: str) -> Comparison:
