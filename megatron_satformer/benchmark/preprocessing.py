@@ -110,7 +110,7 @@ def preprocess_commands(
     ours = [sys.executable, os.fspath(TOOLS / "preprocess_data.py"), *usual]
     ours += ["--workers", str(workers), "--overwrite"]
     commands = {
-        "ours, verify 0.01": [*ours],
+        "ours, verify 0.01": ours,
         "ours, verify 0": [*ours, "--verify-fraction", "0"],
         "ours, reference": [*ours, "--tokenizer-backend", "reference"],
     }
@@ -120,12 +120,10 @@ def preprocess_commands(
         if hugging_face:
             tool = os.fspath(megatron / "tools" / "preprocess_data_fast.py")
             commands["Megatron-LM fast"] = [sys.executable, tool, *usual, "--use-gigatoken"]
-    found = {}
-    for number, (name, command) in enumerate(commands.items()):
-        prefix = out / f"data{number}"
-        data = out / f"data{number}_text_document"
-        found[name] = ([*command, "--output-prefix", os.fspath(prefix)], data)
-    return found
+    return {
+        name: ([*command, "--output-prefix", f"{out}/data{n}"], out / f"data{n}_text_document")
+        for n, (name, command) in enumerate(commands.items())
+    }
 
 
 def check_same_output(prefixes: Sequence[Path]) -> None:

@@ -7,7 +7,7 @@ of a process of its own, above what it held before the model was built.
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         the peak memory (MiB); "step_time_ratio" and "peak_memory_ratio" are second / first.
     """
     memory = [measure_in_own_process(_peak_memory, options, a) for a in options.architectures]
-    cuda = _start(options)
+    cuda = _start(options.device)
     trainers = [_Trainer(options, architecture) for architecture in options.architectures]
     times: list[list[float]] = [[], []]
     for trainer in trainers:
@@ -87,27 +87,25 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         for trainer, taken in zip(trainers, times, strict=True):
             taken += [trainer.step() for _ in range(options.steps)]
     torch.distributed.destroy_process_group()
-    medians = [statistics.median(taken) for taken in times]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "architecture": architecture,
-            "median_ms": median * 1e3,
+            "median_ms": statistics.median(taken) * 1e3,
             "min_ms": min(taken) * 1e3,
             "max_ms": max(taken) * 1e3,
             "peak_mib": peak / 2**20,
         }
-        for architecture, median, taken, peak in zip(
-            options.architectures, medians, times, memory, strict=True
-        )
+        for architecture, taken, peak in zip(options.architectures, times, memory, strict=True)
     ]
+    first, second = rows
     return {
         "options": vars(options),
         "device": torch.cuda.get_device_name()
         if cuda
         else f"cpu, {torch.get_num_threads()} threads",
         "measured": rows,
-        "step_time_ratio": medians[1] / medians[0],
-        "peak_memory_ratio": memory[1] / memory[0],
+        "step_time_ratio": second["median_ms"] / first["median_ms"],
+        "peak_memory_ratio": second["peak_mib"] / first["peak_mib"],
     }
 
 
@@ -127,7 +125,7 @@ def format_table(figures: dict[str, Any]) -> str:
 
 def _peak_memory(options: BenchmarkOptions, architecture: str) -> int:
     """Bytes that this process needs for training at its peak, beyond the imported libraries."""
-    cuda = _start(replace(options, architectures=(architecture, architecture)))
+    cuda = _start(options.device)
     _Trainer(options, architecture)  # whatever the first model imports is not the model's
     before = resident("VmRSS")
     if cuda:
@@ -139,10 +137,10 @@ def _peak_memory(options: BenchmarkOptions, architecture: str) -> int:
     return torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
 
 
-def _start(options: BenchmarkOptions) -> bool:
+def _start(device: str) -> bool:
     from megatron.core import parallel_state, tensor_parallel
 
-    cuda = choose_device(options.device)
+    cuda = choose_device(device)
     store = torch.distributed.HashStore()
     backend = "nccl" if cuda else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

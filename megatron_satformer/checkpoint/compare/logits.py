@@ -281,11 +281,7 @@ def _hugging_face_side(folder: Path, option: str) -> _Side:
 
 
 def _common_vocabulary(a: _Side, b: _Side) -> int:
-    """Logits to compare.
-
-    Raises:
-        ValueError: If the models do not have the same vocabulary.
-    """
+    """Logits to compare; ValueError if the models do not have the same vocabulary."""
     known = [side.vocab_size for side in (a, b) if side.vocab_size is not None]
     size = known[0] if known else a.rows
     same = set(known) <= {size} and min(a.rows, b.rows) >= size

@@ -122,15 +122,10 @@ def read_validation_tokens(
         raise ValueError("data_path (none): the checkpoint names no data files.")
     prefixes = parse_blend("valid_data_path" if apart else "data_path", named)[:sequences]
     split = "0,1,0" if apart else options["split"] or DEFAULT_SPLIT
-    rows = [
-        row
-        for number, prefix in enumerate(prefixes)
-        for row in _spread(
-            _validation_part(prefix, split),
-            len(range(number, sequences, len(prefixes))),
-            seq_length,
-        )
-    ]
+    rows = []
+    for number, prefix in enumerate(prefixes):
+        count = len(range(number, sequences, len(prefixes)))
+        rows += _spread(_validation_part(prefix, split), count, seq_length)
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     if ids.max() >= vocab_size or ids.min() < 0:
         raise ValueError(f"data_path ({prefixes[0]}) holds ids that the model has no row for.")
