@@ -14,8 +14,8 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,38 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: dict[str, Any], hf: bool) -> tuple[dict[str, Any], str]:
-    """Measure; figures and their table."""
-    if hf:
-        from megatron_satformer.benchmark.hugging_face import (
-            HFBenchmarkOptions,
-            format_hf_table,
-            run_hf_benchmark,
-        )
-
-        _refuse_others(args, HFBenchmarkOptions, "with --hf")
-        figures = run_hf_benchmark(HFBenchmarkOptions(**args))
-        return figures, format_hf_table(figures)
-    from megatron_satformer.benchmark.training import BenchmarkOptions, format_table, run_benchmark
-
-    _refuse_others(args, BenchmarkOptions, "without --hf")
-    figures = run_benchmark(BenchmarkOptions(**args))
-    return figures, format_table(figures)
-
-
-def _refuse_others(args: dict[str, Any], options: type, where: str) -> None:
-    for name in args.keys() - {field.name for field in fields(options)}:
-        raise ValueError(f"{name} ({args[name]}) must not be given {where}. Leave it out.")
-
-
 def main() -> None:
     """Parse, measure, print."""
     args = vars(_parser().parse_args())
     target, hf = args.pop("json"), args.pop("hf")
     if target and not Path(target).absolute().parent.is_dir():
         raise ValueError(f"json ({target}) must be in a folder that exists. Make it first.")
-    figures, table = _run(args, hf)
-    print(table)
+    kind, where = ("hugging_face", "with --hf") if hf else ("training", "without --hf")
+    benchmark = import_module(f"megatron_satformer.benchmark.{kind}")
+    for name in args.keys() - {field.name for field in fields(benchmark.BenchmarkOptions)}:
+        raise ValueError(f"{name} ({args[name]}) must not be given {where}. Leave it out.")
+    figures = benchmark.run_benchmark(benchmark.BenchmarkOptions(**args))
+    print(benchmark.format_table(figures))
     if target:
         Path(target).write_text(json.dumps(figures, indent=2) + "\n")
     else:

@@ -9,10 +9,8 @@ Per mixing layer and KV head: the mean of alpha, and the share of tokens where a
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,33 +67,24 @@ def measure_gates(
     )
     model = model.to(device).eval()
     ids = torch.from_numpy(tokens[: count * seq_length].astype(np.int64)).view(count, seq_length)
-    sums: list[torch.Tensor] = []
-    zeros: list[torch.Tensor] = []
-    for gates in _gates_of(model, ids.to(device), batch):
-        if not sums:
-            sums = [torch.zeros(alpha.size(-1), dtype=torch.float64) for alpha in gates]
-            zeros = [torch.zeros_like(total) for total in sums]
-        for total, shut, alpha in zip(sums, zeros, gates, strict=True):
-            total += alpha.double().sum((0, 1)).cpu()
-            shut += (alpha == 0).sum((0, 1)).cpu()
-    return GateReport(
-        layers=[layer + 1 for layer in model.config.mixing_layers],
-        mean=[(total / ids.numel()).tolist() for total in sums],
-        zeros=[(shut / ids.numel()).tolist() for shut in zeros],
-        tokens=ids.numel(),
-        value_gate=model.config.value_gate,
-    )
-
-
-def _gates_of(model: Any, ids: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    for rows in ids.split(batch):
+    sums = zeros = torch.zeros((), dtype=torch.float64)
+    for rows in ids.to(device).split(batch):
         with torch.inference_mode():
             gates = model(rows, output_gates=True, use_cache=False, logits_to_keep=1).gates
         if not gates:
             raise ValueError(
                 f"architecture ({model.config.architecture}) must be one whose layers have gates."
             )
-        yield gates  # alpha [b, s, ng] of each mixing layer
+        alpha = torch.stack(gates)  # [mixing layers, b, s, ng]
+        sums = sums + alpha.double().sum((1, 2)).cpu()
+        zeros = zeros + (alpha == 0).sum((1, 2)).cpu()
+    return GateReport(
+        layers=[layer + 1 for layer in model.config.mixing_layers],
+        mean=(sums / ids.numel()).tolist(),
+        zeros=(zeros / ids.numel()).tolist(),
+        tokens=ids.numel(),
+        value_gate=model.config.value_gate,
+    )
 
 
 def main() -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_satformer.checkpoint.convert.options import build_hf_config
-from megatron_satformer.checkpoint.convert.to_hf import IDS, check_names, read_state_dict
-from megatron_satformer.checkpoint.dtypes import DTYPES, choose_dtype
+from megatron_satformer.checkpoint.convert.to_hf import build_plan, read_state_dict
+from megatron_satformer.checkpoint.dtypes import DTYPES
 from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.checkpoint.hugging_face.loading import (
     has_tokenizer,
@@ -24,10 +23,7 @@ from megatron_satformer.checkpoint.hugging_face.loading import (
     quiet_transformers,
 )
 from megatron_satformer.checkpoint.hugging_face.tokenizer import build_transformers_tokenizer
-from megatron_satformer.checkpoint.hugging_face.tokenizer_source import (
-    detect_tokenizer,
-    find_tokenizer,
-)
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import detect_tokenizer
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
@@ -145,12 +141,9 @@ def load_model(
     """
     if tokenizer == "none":
         raise ValueError("tokenizer (none) must be a file or folder: text is written with it.")
-    if is_hugging_face(load):
-        if step is not None:
-            raise ValueError(
-                f"step ({step}) must not be given with a Hugging Face folder ({load})."
-            )
-        where = _check_device(device)
+    hugging_face = is_hugging_face(load, step=step)
+    where = _check_device(device)
+    if hugging_face:
         tokens = _folder_tokenizer(load, tokenizer)
         model = load_hugging_face_model(load, DTYPES[dtype] if dtype else "auto")
         rows = model.get_input_embeddings().weight.shape[0]
@@ -160,7 +153,6 @@ def load_model(
                 "the one that the model was trained with."
             )
     else:
-        where = _check_device(device)
         model, tokens = _load_megatron(load, step, tokenizer, dtype)
     return model.to(where).eval(), tokens
 
@@ -191,30 +183,22 @@ def _load_megatron(
 ) -> tuple[Any, Any]:
     checkpoint = open_checkpoint(load, step)
     checkpoint.check_files()
-    args = checkpoint.args
-    options = find_tokenizer(args, tokenizer)
-    if options is None:
-        raise ValueError(
-            f"tokenizer_type ({args.tokenizer_type}) of the checkpoint must be one that has text. "
-            "Pass --tokenizer."
-        )
     with quiet_transformers():
-        tokens = build_transformers_tokenizer(options)
-    if len(tokens) > args.padded_vocab_size:
-        raise ValueError(
-            f"tokenizer ({options.tokenizer_model}) has {len(tokens)} entries, the checkpoint's "
-            f"embedding only {args.padded_vocab_size}. Give the one that it was trained with."
+        plan = build_plan(checkpoint, dtype, tokenizer)
+        if plan.tokens is None:
+            kind = checkpoint.args.tokenizer_type
+            raise ValueError(
+                f"tokenizer_type ({kind}) of the checkpoint must be one that has text. Pass "
+                "--tokenizer."
+            )
+        config, chosen = plan.config, DTYPES[plan.dtype]
+        model = model_class(config.architecture).from_pretrained(
+            None,
+            config=config,
+            state_dict=read_state_dict(checkpoint, config, chosen),
+            dtype=chosen,
         )
-    config = build_hf_config(args, len(tokens))
-    for name in IDS:
-        setattr(config, name, getattr(tokens, name))
-    build = model_class(config.architecture)
-    check_names(checkpoint, config)
-    chosen = DTYPES[choose_dtype(args, dtype)]
-    state = read_state_dict(checkpoint, config, chosen)
-    with quiet_transformers():
-        model = build.from_pretrained(None, config=config, state_dict=state, dtype=chosen)
-    return model, tokens
+    return model, plan.tokens
 
 
 def generate_text(
@@ -240,20 +224,10 @@ def generate_text(
     """
     ids = encode_prompt(model, tokenizer, prompt, sampling.max_new_tokens)
     inputs = torch.tensor([ids], device=model.device)
+    samples = sampling.temperature > 0
     # None: transformers warns of a folder's own settings for sampling where nothing is sampled
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_k": None,
-        "top_p": None,
-    }
-    if sampling.temperature > 0:
-        options = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+    names = ("temperature", "top_k", "top_p")
+    options = {name: getattr(sampling, name) if samples else None for name in names}
     pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), None)
     torch.manual_seed(sampling.seed + number)
     output = model.generate(
@@ -262,6 +236,7 @@ def generate_text(
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
         streamer=streamer,
+        do_sample=samples,
         **options,
     )
     pieces: list[str] = []

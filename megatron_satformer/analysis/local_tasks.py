@@ -112,8 +112,8 @@ def build_local_tasks(
         texts = texts[first:end]
     documents = [_Text(text) for text in texts if text.strip()]
     rng = random.Random(seed)
-    rows = {"perplexity": [{"text": d.text} for d in rng.sample(documents, len(documents))]}
-    rows["perplexity"] = rows["perplexity"][:samples]
+    shuffled = rng.sample(documents, len(documents))
+    rows = {"perplexity": [{"text": document.text} for document in shuffled[:samples]]}
     for name, take in TAKE.items():
         rows[name] = _collect(documents, take, samples, passage_words, rng)
         if not rows[name]:

@@ -1,29 +1,28 @@
-"""Runs a measurement in a process of its own, whose memory no earlier one has shaped."""
+"""Measures in a process of its own, whose memory no earlier measurement has shaped."""
 
-import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 
-def measure_in_own_process(report: Callable[..., None], *args: Any, name: str) -> Any:
-    """Returns what `report(sender, *args)` sends from a new process.
+def measure_in_own_process[T](measure: Callable[..., T], *args: Any) -> T:
+    """Returns what `measure(*args)` returns in a new process.
 
     Args:
-        report: Importable by name; calls `sender.send(...)` once.
-        args: For it; they travel by pickle.
-        name: Of what is measured, for the error.
+        measure: Importable by name.
+        args: For it; they travel by pickle, as what it returns does.
 
     Raises:
-        RuntimeError: If the process ends without sending.
+        BrokenProcessPool: If the process ends without a figure, for lack of memory, say.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=report, args=(sender, *args))
-    process.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"the process that measures {name} ended without a figure") from None
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def resident(what: str) -> int:
+    """VmRSS, or its peak VmHWM, of this process in bytes; getrusage's includes the parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024

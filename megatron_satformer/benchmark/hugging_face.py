@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_satformer.benchmark.fresh_process import measure_in_own_process
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
 from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
 from megatron_satformer.model.architectures import PLAIN, TABLE
 
@@ -33,7 +33,7 @@ MEMORY_RUNS = 3
 
 
 @dataclass(frozen=True)
-class HFBenchmarkOptions:
+class BenchmarkOptions:
     """What is measured; sizes as Megatron's flags of the same names, seq_length is the prompt's.
 
     Attributes:
@@ -86,7 +86,7 @@ class HFBenchmarkOptions:
         return (self.stock, *self.architectures)
 
 
-def run_hf_benchmark(options: HFBenchmarkOptions) -> dict[str, Any]:
+def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     """Measure all models.
 
     Returns:
@@ -97,7 +97,9 @@ def run_hf_benchmark(options: HFBenchmarkOptions) -> dict[str, Any]:
     load = os.getloadavg()[0]
     # allocator and threads make one run differ from the next by some percent
     peaks = {
-        name: statistics.median(_peak_memory(options, name) for _ in range(MEMORY_RUNS))
+        name: statistics.median(
+            measure_in_own_process(_peak_memory, options, name) for _ in range(MEMORY_RUNS)
+        )
         for name in options.names
     }
     prefill, decode = _run_processes(options)
@@ -121,8 +123,8 @@ def run_hf_benchmark(options: HFBenchmarkOptions) -> dict[str, Any]:
     }
 
 
-def format_hf_table(figures: dict[str, Any]) -> str:
-    """The figures of `run_hf_benchmark` as a table; speeds are ours / transformers'."""
+def format_table(figures: dict[str, Any]) -> str:
+    """The figures of `run_benchmark` as a table; speeds are ours / transformers'."""
     options = figures["options"]
     lines = [
         f"device: {figures['device']}",
@@ -151,7 +153,7 @@ def format_hf_table(figures: dict[str, Any]) -> str:
 class _Reader:
     """One model that reads a prompt and then writes greedily, one token a call."""
 
-    def __init__(self, options: HFBenchmarkOptions, name: str) -> None:
+    def __init__(self, options: BenchmarkOptions, name: str) -> None:
         torch.manual_seed(0)
         self.model = _build_model(options, name)
         size = (options.micro_batch_size, options.seq_length)
@@ -170,23 +172,19 @@ class _Reader:
 Times = dict[str, list[float]]  # model -> seconds
 
 
-def _run_processes(options: HFBenchmarkOptions) -> tuple[Times, Times]:
+def _run_processes(options: BenchmarkOptions) -> tuple[Times, Times]:
     """Seconds of every prompt, and of every token, by model."""
     prefill: Times = {name: [] for name in options.names}
     decode: Times = {name: [] for name in options.names}
     for first in range(options.processes):
-        found = measure_in_own_process(_report_times, options, first, name="speed")
+        found = measure_in_own_process(_take_turns, options, first)
         for total, times in zip((prefill, decode), found, strict=True):
             for name in options.names:
                 total[name] += times[name]
     return prefill, decode
 
 
-def _report_times(sender: Any, options: HFBenchmarkOptions, first: int) -> None:
-    sender.send(_take_turns(options, first))
-
-
-def _take_turns(options: HFBenchmarkOptions, first: int = 0) -> tuple[Times, Times]:
+def _take_turns(options: BenchmarkOptions, first: int = 0) -> tuple[Times, Times]:
     """Seconds of every prompt, and of every token, by model; number `first` is built first."""
     first %= len(options.names)
     order = [*options.names[first:], *options.names[:first]]
@@ -213,13 +211,9 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(options: HFBenchmarkOptions, name: str) -> float:
-    """Bytes that a process with this model needs at its peak, beyond the imported libraries."""
-    return measure_in_own_process(_report_peak, options, name, name=name)
-
-
-def _report_peak(sender: Any, options: HFBenchmarkOptions, name: str) -> None:
-    tiny = HFBenchmarkOptions(
+def _peak_memory(options: BenchmarkOptions, name: str) -> int:
+    """Bytes that this process needs for the model at its peak, beyond the imported libraries."""
+    tiny = BenchmarkOptions(
         hidden_size=48,
         num_layers=2,
         ffn_hidden_size=64,
@@ -229,24 +223,17 @@ def _report_peak(sender: Any, options: HFBenchmarkOptions, name: str) -> None:
     )
     with torch.inference_mode():
         _Reader(tiny, name).read()  # what the first call imports
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         reader = _Reader(options, name)
         # the peak of building it, with embeddings and head not yet tied, is not what decoding needs
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
         reader.read()
         for _ in range(options.new_tokens):
             reader.write()
-    sender.send(_resident("VmHWM") - before)
+    return resident("VmHWM") - before
 
 
-def _resident(what: str) -> int:
-    """VmRSS, or its peak VmHWM, of this process in bytes; getrusage's includes the parent's."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in status if line.startswith(f"{what}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _build_model(options: HFBenchmarkOptions, name: str) -> PreTrainedModel:
+def _build_model(options: BenchmarkOptions, name: str) -> PreTrainedModel:
     shape: dict[str, Any] = {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

@@ -66,16 +66,14 @@ def run_timed(timing: Timing, command: Sequence[str], megatron: Path | None = No
     Raises:
         ValueError: If it fails.
     """
-    environment = dict(os.environ)
-    if megatron is not None:
-        environment["PYTHONPATH"] = os.fspath(megatron)
+    packages = {} if megatron is None else {"PYTHONPATH": os.fspath(megatron)}
     start = time.perf_counter()
     with subprocess.Popen(
         list(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | packages,
     ) as process:
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(process.pid, timing, stop))
@@ -112,7 +110,7 @@ def preprocess_commands(
     ours = [sys.executable, os.fspath(TOOLS / "preprocess_data.py"), *usual]
     ours += ["--workers", str(workers), "--overwrite"]
     commands = {
-        "ours, verify 0.01": [*ours],
+        "ours, verify 0.01": ours,
         "ours, verify 0": [*ours, "--verify-fraction", "0"],
         "ours, reference": [*ours, "--tokenizer-backend", "reference"],
     }
@@ -121,16 +119,11 @@ def preprocess_commands(
         commands["Megatron-LM"] = [sys.executable, tool, *usual, "--workers", str(workers)]
         if hugging_face:
             tool = os.fspath(megatron / "tools" / "preprocess_data_fast.py")
-            commands["Megatron-LM fast"] = [
-                *[sys.executable, tool, *usual],
-                "--use-gigatoken",
-            ]
-    found = {}
-    for number, (name, command) in enumerate(commands.items()):
-        prefix = out / f"data{number}"
-        data = out / f"data{number}_text_document"
-        found[name] = ([*command, "--output-prefix", os.fspath(prefix)], data)
-    return found
+            commands["Megatron-LM fast"] = [sys.executable, tool, *usual, "--use-gigatoken"]
+    return {
+        name: ([*command, "--output-prefix", f"{out}/data{n}"], out / f"data{n}_text_document")
+        for n, (name, command) in enumerate(commands.items())
+    }
 
 
 def check_same_output(prefixes: Sequence[Path]) -> None:

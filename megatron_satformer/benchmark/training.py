@@ -5,19 +5,15 @@ memory is taken per architecture: on a GPU from the allocator, on the CPU as the
 of a process of its own, above what it held before the model was built.
 """
 
-import os
-import resource
 import statistics
-import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.benchmark.fresh_process import measure_in_own_process
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture
 
@@ -49,17 +45,14 @@ class _Trainer:
     def __init__(self, options: BenchmarkOptions, architecture: str) -> None:
         torch.manual_seed(0)
         self.model = _build_model(options, architecture)
-        fused = self.model_device.type == "cuda"
+        self.device = next(self.model.parameters()).device
+        fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
         size = (options.micro_batch_size, options.seq_length + 1)
-        ids = torch.randint(options.vocab_size, size).to(self.model_device)
+        ids = torch.randint(options.vocab_size, size).to(self.device)
         self.tokens, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        positions = torch.arange(options.seq_length, device=self.model_device)
+        positions = torch.arange(options.seq_length, device=self.device)
         self.positions = positions.expand(options.micro_batch_size, -1)
-
-    @property
-    def model_device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def step(self) -> float:
         """One forward, backward and update; seconds."""
@@ -73,7 +66,7 @@ class _Trainer:
         return time.perf_counter() - start
 
     def synchronize(self) -> None:
-        if self.model_device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -84,8 +77,8 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         Options, device, and per architecture the median, minimum and maximum step time (ms) and
         the peak memory (MiB); "step_time_ratio" and "peak_memory_ratio" are second / first.
     """
-    memory = [_peak_memory(options, architecture) for architecture in options.architectures]
-    cuda = _start(options)
+    memory = [measure_in_own_process(_peak_memory, options, a) for a in options.architectures]
+    cuda = _start(options.device)
     trainers = [_Trainer(options, architecture) for architecture in options.architectures]
     times: list[list[float]] = [[], []]
     for trainer in trainers:
@@ -94,27 +87,25 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         for trainer, taken in zip(trainers, times, strict=True):
             taken += [trainer.step() for _ in range(options.steps)]
     torch.distributed.destroy_process_group()
-    medians = [statistics.median(taken) for taken in times]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "architecture": architecture,
-            "median_ms": median * 1e3,
+            "median_ms": statistics.median(taken) * 1e3,
             "min_ms": min(taken) * 1e3,
             "max_ms": max(taken) * 1e3,
             "peak_mib": peak / 2**20,
         }
-        for architecture, median, taken, peak in zip(
-            options.architectures, medians, times, memory, strict=True
-        )
+        for architecture, taken, peak in zip(options.architectures, times, memory, strict=True)
     ]
+    first, second = rows
     return {
         "options": vars(options),
         "device": torch.cuda.get_device_name()
         if cuda
         else f"cpu, {torch.get_num_threads()} threads",
         "measured": rows,
-        "step_time_ratio": medians[1] / medians[0],
-        "peak_memory_ratio": memory[1] / memory[0],
+        "step_time_ratio": second["median_ms"] / first["median_ms"],
+        "peak_memory_ratio": second["peak_mib"] / first["peak_mib"],
     }
 
 
@@ -132,34 +123,25 @@ def format_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _peak_memory(options: BenchmarkOptions, architecture: str) -> float:
-    """Bytes one training process needs at its peak, beyond the imported libraries."""
-    return measure_in_own_process(_report_peak, options, architecture, name=architecture)
-
-
-def _report_peak(sender: Any, options: BenchmarkOptions, architecture: str) -> None:
-    cuda = _start(replace(options, architectures=(architecture, architecture)))
+def _peak_memory(options: BenchmarkOptions, architecture: str) -> int:
+    """Bytes that this process needs for training at its peak, beyond the imported libraries."""
+    cuda = _start(options.device)
     _Trainer(options, architecture)  # whatever the first model imports is not the model's
-    before = psutil.Process().memory_info().rss
+    before = resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer = _Trainer(options, architecture)
     for _ in range(MEMORY_STEPS):
         trainer.step()
-    if cuda:
-        sender.send(torch.cuda.max_memory_allocated())
-    else:
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
     torch.distributed.destroy_process_group()
+    return torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
 
 
-def _start(options: BenchmarkOptions) -> bool:
+def _start(device: str) -> bool:
     from megatron.core import parallel_state, tensor_parallel
 
-    cuda = choose_device(options.device)
-    handle, path = tempfile.mkstemp()
-    os.close(handle)
-    store = torch.distributed.FileStore(path, 1)
+    cuda = choose_device(device)
+    store = torch.distributed.HashStore()
     backend = "nccl" if cuda else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

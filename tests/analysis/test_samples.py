@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_satformer.analysis.samples import generate_samples
-from megatron_satformer.checkpoint.hugging_face.tokenizer import export_tokenizer
 from megatron_satformer.data.tokenizers.training import train_tokenizer
+from tests.checkpoint.hugging_face.test_tokenizer import export_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["def parse", "import os\n"]

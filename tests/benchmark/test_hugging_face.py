@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.benchmark.hugging_face import (
-    HFBenchmarkOptions,
+    BenchmarkOptions,
     _build_model,
     _peak_memory,
     _run_processes,
@@ -13,7 +14,7 @@ from megatron_satformer.benchmark.hugging_face import (
 from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.model.architectures import TABLE
 
-TINY = HFBenchmarkOptions(
+TINY = BenchmarkOptions(
     architectures=("transformer",),
     hidden_size=32,
     num_layers=2,
@@ -56,7 +57,7 @@ def test_models_take_turns_in_every_process():
 def test_peak_memory_holds_the_weights():
     """60 MiB of embeddings, and little else."""
     options = replace(TINY, hidden_size=240, num_attention_heads=12, vocab_size=65536)
-    assert 60 < _peak_memory(options, "transformer") / 2**20 < 80
+    assert 60 < measure_in_own_process(_peak_memory, options, "transformer") / 2**20 < 80
 
 
 @pytest.mark.parametrize(

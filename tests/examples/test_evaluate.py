@@ -105,8 +105,7 @@ def test_figures_of_lm_eval(tmp_path):
     from megatron_satformer.analysis.local_tasks import build_local_tasks
     from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
     from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-    from megatron_satformer.checkpoint.hugging_face.tokenizer import export_tokenizer
-    from tests.checkpoint.hugging_face.test_tokenizer import write_model
+    from tests.checkpoint.hugging_face.test_tokenizer import export_tokenizer, write_model
     from tests.texts import source_texts, write_lines
 
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from megatron_satformer.checkpoint.megatron.damage import find_damage
 from megatron_satformer.checkpoint.megatron.reader import (
     MODEL_KEY,
     MegatronCheckpoint,
+    list_steps,
     open_checkpoint,
 )
 from megatron_satformer.model.architectures import TABLE, find_architecture
@@ -92,15 +93,10 @@ class Inspection:
     @property
     def parameters(self) -> dict[str, int]:
         """Numbers stored: all, in embedding and output layer, in what the architecture adds."""
-        return {
-            "total": self._count(("",)),
-            "embedding": self._count(EMBEDDINGS),
-            "own": sum(prod(t.shape) for key, t in self.tensors.items() if key in self.own),
-        }
-
-    def _count(self, parts: tuple[str, ...]) -> int:
-        chosen = (t for key, t in self.tensors.items() if any(part in key for part in parts))
-        return sum(prod(tensor.shape) for tensor in chosen)
+        counts = {key: prod(tensor.shape) for key, tensor in self.tensors.items()}
+        embedding = [n for key, n in counts.items() if any(part in key for part in EMBEDDINGS)]
+        own = [n for key, n in counts.items() if key in self.own]
+        return {"total": sum(counts.values()), "embedding": sum(embedding), "own": sum(own)}
 
     def to_json(self) -> str:
         """All of it, every option and tensor included."""
@@ -140,25 +136,20 @@ def inspect_checkpoint(checkpoint: Path, step: int | None = None) -> Inspection:
     Raises:
         ValueError: If it is neither, or the lists themselves cannot be read.
     """
-    if not is_hugging_face(checkpoint, "CKPT"):
-        return _inspect_megatron(checkpoint, step)
-    if step is not None:
-        raise ValueError(
-            f"step ({step}) must not be given with a Hugging Face folder ({checkpoint})."
-        )
-    return _inspect_hugging_face(checkpoint)
+    if is_hugging_face(checkpoint, "CKPT", step):
+        return _inspect_hugging_face(checkpoint)
+    return _inspect_megatron(checkpoint, step)
 
 
 def _inspect_megatron(load: Path, step: int | None) -> Inspection:
     checkpoint = open_checkpoint(load, step)
     args, folder = checkpoint.args, checkpoint.folder
     samples, length = (getattr(args, n, None) for n in ("consumed_train_samples", "seq_length"))
-    beside = folder.parent.glob("iter_*")
     return Inspection(
         folder=str(folder),
         kind="Megatron",
         step=checkpoint.step,
-        steps=sorted(int(f.name[5:]) for f in beside if f.name[5:].isdigit()),
+        steps=list_steps(folder.parent),
         tokens=samples * length if samples is not None and length else None,
         options=_chosen_args(args),
         all_options=dict(sorted(vars(args).items())),

@@ -21,8 +21,6 @@ from torch import Tensor
 from megatron_satformer.checkpoint.compare.sample_tokens import (
     VERIFY_TEXT,
     SampleTokens,
-    build_checkpoint_tokenizer,
-    choose_tokens,
     draw_tokens,
     encode_text,
     read_text,
@@ -36,12 +34,14 @@ from megatron_satformer.checkpoint.hugging_face.loading import (
     load_hugging_face_tokenizer,
     quiet_transformers,
 )
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
 from megatron_satformer.checkpoint.megatron.model import (
     check_runnable,
     load_megatron_model,
     megatron_logits,
 )
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.model.architectures import PLAIN
 
 CHUNK = 64  # rows of logits
@@ -186,14 +186,18 @@ def compare_models(
     if content is None:
         tokens = draw_tokens(vocab_size, sequences, seq_length, seed)
     else:
-        encode = _find_encode(*sides)
+        encode = next((side.encode for side in sides if side.encode is not None), None)
+        if encode is None:
+            reasons = "; ".join(side.no_tokenizer.rstrip(".") for side in sides)
+            raise ValueError(
+                f"text must come with a tokenizer, and there is none ({reasons}). Leave --text out "
+                "for random tokens."
+            )
         tokens = encode_text(content, f"text {text}", encode, sequences, seq_length)
     return _compare(*sides, tokens, vocab_size, dtype)
 
 
-def verify_export(
-    checkpoint: MegatronCheckpoint, folder: Path, text: str | None = None
-) -> Comparison:
+def verify_export(checkpoint: MegatronCheckpoint, folder: Path) -> Comparison:
     """Holds an exported folder against the checkpoint that it was made of, both run in float32.
 
     Megatron's weights are first rounded to the dtype of the folder: what is left is the difference
@@ -204,31 +208,24 @@ def verify_export(
     Args:
         checkpoint: Opened.
         folder: The export, with its tokenizer if it has one.
-        text: To read instead.
 
     Raises:
-        ValueError: If the folder cannot be loaded, or `text` is given and it has no tokenizer.
+        ValueError: If the folder cannot be loaded.
     """
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rounded_to = getattr(torch, written.get("dtype") or "float32")
     export = _hugging_face_side(folder, "folder")
     original = _megatron_side(checkpoint, rounded_to)
-    vocab_size = export.rows
-    length = min(VERIFY_LENGTH, export.longest or VERIFY_LENGTH)
-    size = (VERIFY_SEQUENCES, length)
-
-    def encode(content: str, source: str) -> SampleTokens:
+    size = VERIFY_SEQUENCES, min(VERIFY_LENGTH, export.longest or VERIFY_LENGTH)
+    try:
+        tokens = read_validation_tokens(checkpoint.args, export.rows, *size)
+    except (ValueError, OSError):
         if export.encode is None:
-            raise ValueError(export.no_tokenizer)
-        return encode_text(content, source, export.encode, *size, fewer=True)
-
-    choices = [
-        lambda: read_validation_tokens(checkpoint.args, vocab_size, *size),
-        lambda: encode(read_text(VERIFY_TEXT), "Shakespeare's sonnets"),
-        lambda: draw_tokens(vocab_size, *size, seed=1234),
-    ]
-    tokens = choose_tokens(choices) if text is None else encode(text, "the text given")
-    return _compare(original, export, tokens, vocab_size, "fp32")
+            tokens = draw_tokens(export.rows, *size, seed=1234)
+        else:
+            text, source = read_text(VERIFY_TEXT), "Shakespeare's sonnets"
+            tokens = encode_text(text, source, export.encode, *size, fewer=True)
+    return _compare(original, export, tokens, export.rows, "fp32")
 
 
 def _open_side(folder: Path, option: str) -> _Side:
@@ -251,7 +248,7 @@ def _megatron_side(checkpoint: MegatronCheckpoint, rounded_to: torch.dtype | Non
     encode, reason, vocab_size = None, "", getattr(args, "vocab_size", None)
     try:
         with quiet_transformers():
-            tokenizer = build_checkpoint_tokenizer(args)
+            tokenizer = build_tokenizer(own_tokenizer_options(args))
         encode, vocab_size = tokenizer.encode, tokenizer.vocab_size
     except (ValueError, OSError) as error:
         reason = str(error)
@@ -284,11 +281,7 @@ def _hugging_face_side(folder: Path, option: str) -> _Side:
 
 
 def _common_vocabulary(a: _Side, b: _Side) -> int:
-    """Logits to compare.
-
-    Raises:
-        ValueError: If the models do not have the same vocabulary.
-    """
+    """Logits to compare; ValueError if the models do not have the same vocabulary."""
     known = [side.vocab_size for side in (a, b) if side.vocab_size is not None]
     size = known[0] if known else a.rows
     same = set(known) <= {size} and min(a.rows, b.rows) >= size
@@ -306,16 +299,6 @@ def _common_vocabulary(a: _Side, b: _Side) -> int:
     return size
 
 
-def _find_encode(a: _Side, b: _Side) -> Callable[[str], Any]:
-    for side in (a, b):
-        if side.encode is not None:
-            return side.encode
-    raise ValueError(
-        f"text must come with a tokenizer, and there is none ({a.no_tokenizer.rstrip('.')}; "
-        f"{b.no_tokenizer.rstrip('.')}). Leave --text out for random tokens."
-    )
-
-
 def _compare(a: _Side, b: _Side, tokens: SampleTokens, vocab_size: int, dtype: str) -> Comparison:
     rows, length = tokens.ids.shape
     if tokens.ids.min() < 0 or tokens.ids.max() >= vocab_size:
@@ -330,11 +313,16 @@ def _compare(a: _Side, b: _Side, tokens: SampleTokens, vocab_size: int, dtype: s
             f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free."
         )
     first = [logits for _, logits in _run(a, tokens.ids, vocab_size, dtype)]
-    figures = _Figures()
-    for row, logits in _run(b, tokens.ids, vocab_size, dtype):
-        figures.add(first[row], logits)
+    found = [_measure(first[n], logits) for n, logits in _run(b, tokens.ids, vocab_size, dtype)]
+    largest, mean, cosine, same, logit = torch.cat(found, dim=1)
     return Comparison(
-        a.name, b.name, tokens.source, rows, length, vocab_size, dtype, **figures.result()
+        *(a.name, b.name, tokens.source, rows, length, vocab_size, dtype),
+        max_difference=largest.max().item(),
+        mean_difference=mean.mean().item(),
+        min_cosine=cosine.min().item(),
+        mean_cosine=cosine.mean().item(),
+        argmax_agreement=same.mean().item(),
+        largest_logit=logit.max().item(),
     )
 
 
@@ -348,38 +336,25 @@ def _run(side: _Side, ids: Tensor, vocab_size: int, dtype: str) -> Iterator[tupl
     gc.collect()  # modules and their hooks refer to each other
 
 
-class _Figures:
-    """Adds up the differences, sequence by sequence."""
+def _measure(a: Tensor, b: Tensor) -> Tensor:
+    """What the logits of one sequence, both [s, v], say of each token.
 
-    def __init__(self) -> None:
-        self._maxima: list[Tensor] = []
-        self._sums: list[Tensor] = []
-        self._cosines: list[Tensor] = []
-        self._agreements: list[Tensor] = []
-        self._largest: list[Tensor] = []
-        self._count = 0
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Takes the logits of one sequence, both [s, v]."""
-        difference = (a - b).abs()
-        self._maxima.append(difference.max())  # NaN wherever there is one
-        self._sums.append(difference.sum(dtype=torch.float64))
-        # float32 is off by 1e-6 over a large vocabulary; a few rows at a time, for memory
-        for rows in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-            x, y = (part.double() for part in rows)
-            self._cosines.append(torch.nn.functional.cosine_similarity(x, y, dim=-1))
-        self._agreements.append(a.argmax(-1) == b.argmax(-1))
-        self._largest.append(torch.maximum(a.abs().max(), b.abs().max()))
-        self._count += difference.numel()
-
-    def result(self) -> dict[str, float]:
-        """The figures of a Comparison."""
-        cosines = torch.cat(self._cosines).clamp(max=1.0)  # rounding
-        return {
-            "max_difference": torch.stack(self._maxima).max().item(),
-            "mean_difference": torch.stack(self._sums).sum().item() / self._count,
-            "min_cosine": cosines.min().item(),
-            "mean_cosine": cosines.mean().item(),
-            "argmax_agreement": torch.cat(self._agreements).double().mean().item(),
-            "largest_logit": torch.stack(self._largest).max().item(),
-        }
+    Returns:
+        Largest and mean difference, cosine, whether the argmax is the same, and the largest
+        logit. [5, s], float64
+    """
+    difference = (a - b).abs()
+    # float32 is off by 1e-6 over a large vocabulary; a few rows at a time, for memory
+    cosines = [
+        torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
+        for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    ]
+    return torch.stack(
+        [
+            difference.amax(-1).double(),  # NaN wherever there is one
+            difference.mean(-1, dtype=torch.float64),
+            torch.cat(cosines).clamp(max=1.0),  # rounding
+            (a.argmax(-1) == b.argmax(-1)).double(),
+            torch.maximum(a.abs().amax(-1), b.abs().amax(-1)).double(),
+        ]
+    )

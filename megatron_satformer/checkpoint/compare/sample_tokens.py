@@ -5,7 +5,7 @@ Must not know: models.
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_satformer.data.datasets.indexed import IndexedFile
-from megatron_satformer.data.tokenizers.exact import Tokenizer, build_tokenizer
-from megatron_satformer.data.tokenizers.options import READ_BY, TokenizerOptions
 from megatron_satformer.data.training.blend import (
     DEFAULT_SPLIT,
     parse_blend,
@@ -102,23 +100,6 @@ def read_text(file: Path) -> str:
         raise ValueError(f"text ({file}) must be a readable UTF-8 file: {error}.") from None
 
 
-def build_checkpoint_tokenizer(args: Namespace) -> Tokenizer:
-    """The tokenizer that trained a checkpoint.
-
-    Args:
-        args: Of the checkpoint.
-
-    Raises:
-        ValueError: If it cannot be built here; says why.
-    """
-    kind = getattr(args, "tokenizer_type", None) or "none"
-    names = {field.name for field in fields(TokenizerOptions)} & READ_BY.get(kind, set())
-    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    if "special_tokens" in given:
-        given["special_tokens"] = tuple(given["special_tokens"])
-    return build_tokenizer(TokenizerOptions(kind, **given))
-
-
 def read_validation_tokens(
     args: Namespace, vocab_size: int, sequences: int, seq_length: int
 ) -> SampleTokens:
@@ -141,15 +122,10 @@ def read_validation_tokens(
         raise ValueError("data_path (none): the checkpoint names no data files.")
     prefixes = parse_blend("valid_data_path" if apart else "data_path", named)[:sequences]
     split = "0,1,0" if apart else options["split"] or DEFAULT_SPLIT
-    rows = [
-        row
-        for number, prefix in enumerate(prefixes)
-        for row in _spread(
-            _validation_part(prefix, split),
-            len(range(number, sequences, len(prefixes))),
-            seq_length,
-        )
-    ]
+    rows = []
+    for number, prefix in enumerate(prefixes):
+        count = len(range(number, sequences, len(prefixes)))
+        rows += _spread(_validation_part(prefix, split), count, seq_length)
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     if ids.max() >= vocab_size or ids.min() < 0:
         raise ValueError(f"data_path ({prefixes[0]}) holds ids that the model has no row for.")
@@ -174,13 +150,3 @@ def _spread(tokens: npt.NDArray, rows: int, length: int) -> list[npt.NDArray]:
         raise ValueError(f"the validation data have {len(tokens)} tokens, not {rows * length}.")
     stride = len(tokens) // rows
     return [tokens[row * stride : row * stride + length] for row in range(rows)]
-
-
-def choose_tokens(choices: Sequence[Callable[[], SampleTokens]]) -> SampleTokens:
-    """The first of the sources that is to be had; the last one always is."""
-    for choice in choices[:-1]:
-        try:
-            return choice()
-        except (ValueError, OSError):
-            continue
-    return choices[-1]()

@@ -1,7 +1,6 @@
 """Holds a written export against its checkpoint, for `to-hf --verify`."""
 
 from pathlib import Path
-from typing import Any
 
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint
 
@@ -48,21 +47,18 @@ def verify_folder(checkpoint: MegatronCheckpoint, folder: Path) -> str:
     """
     from megatron_satformer.checkpoint.compare.logits import verify_export
 
-    comparison = verify_export(checkpoint, folder)
-    if not comparison.within(TOLERANCE):
-        raise ValueError(
-            f"The export is not kept: its logits must be within {TOLERANCE} of Megatron's, and "
-            f"are not. {_describe(comparison)}."
-        )
-    return _describe(comparison)
-
-
-def _describe(found: Any) -> str:
+    found = verify_export(checkpoint, folder)
     agree = round(found.argmax_agreement * found.tokens)
-    return (
+    told = (
         f"logits differ by {found.max_difference:.1e} at most and {found.mean_difference:.1e} on "
         f"average (largest logit {found.largest_logit:.3g}), cosine at least "
         f"{found.min_cosine:.7f}, same argmax on {agree} of {found.tokens} tokens "
         f"({found.sequences} x {found.seq_length}, {found.source}); both run in float32 with the "
         "exported weights"
     )
+    if not found.within(TOLERANCE):
+        raise ValueError(
+            f"The export is not kept: its logits must be within {TOLERANCE} of Megatron's, and "
+            f"are not. {told}."
+        )
+    return told

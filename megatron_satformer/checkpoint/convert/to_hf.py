@@ -117,7 +117,7 @@ def export_to_hf(
     check_target(save, CONFIG, overwrite)
     checkpoint = open_checkpoint(load, step)
     checkpoint.check_files()
-    plan = _build_plan(checkpoint, dtype, tokenizer)
+    plan = build_plan(checkpoint, dtype, tokenizer)
     parameters = sum(tensor.numel() for tensor in plan.shapes.values())
     if verify:
         check_verifiable(checkpoint, parameters)
@@ -141,7 +141,7 @@ def export_to_hf(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """All that is known before the first byte is written.
 
     Attributes:
@@ -161,7 +161,17 @@ class _Plan:
     tokens: Any
 
 
-def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> _Plan:
+def build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> Plan:
+    """Finds out what an export will be, and whether it can be.
+
+    Args:
+        checkpoint: Opened.
+        dtype: One of DTYPES; None for the one trained in.
+        tokenizer: As in `export_to_hf`.
+
+    Raises:
+        ValueError: If anything given, or in the checkpoint, does not allow an exact export.
+    """
     args = checkpoint.args
     dtype = choose_dtype(args, dtype)
     check_exportable(args)
@@ -171,9 +181,9 @@ def _build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: st
     for name, value in ids.items():
         setattr(config, name, value)
     stock = build_stock_config(config)
-    check_names(checkpoint, config)
+    _check_names(checkpoint, config)
     shapes = _build_shapes(config, DTYPES[dtype])
-    return _Plan(config, stock, shapes, dtype, options, tokens)
+    return Plan(config, stock, shapes, dtype, options, tokens)
 
 
 def read_state_dict(
@@ -199,16 +209,8 @@ def _iterate_tensors(
         yield from _read_converted(checkpoint, name, config, dtype).items()
 
 
-def check_names(checkpoint: MegatronCheckpoint, config: Any) -> None:
-    """Compares keys and shapes with the model's.
-
-    Args:
-        checkpoint: Opened.
-        config: Of the exported model.
-
-    Raises:
-        ValueError: Names every key that is missing, unknown or of another shape.
-    """
+def _check_names(checkpoint: MegatronCheckpoint, config: Any) -> None:
+    """Names every key that is missing, unknown or of another shape."""
     stored = {key: tensor.size for key, tensor in checkpoint.tensors.items()}
     expected: dict[str, Sequence[int]] = {}
     shapes = model_shapes(config)
@@ -308,7 +310,7 @@ def _read_converted(
     return pieces
 
 
-def _write_config_and_tokenizer(plan: _Plan, folder: Path) -> Any:
+def _write_config_and_tokenizer(plan: Plan, folder: Path) -> Any:
     """Returns the tokenizer as loaded again, or None."""
     written: Any = plan.config if plan.stock is None else plan.stock
     written.dtype = DTYPES[plan.dtype]

@@ -98,7 +98,7 @@ def build_card(config: Any, args: Namespace, facts: Facts) -> str:
         layers_note=architecture.layers_note(config),
         heads=f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
         config=config,
-        data=describe_data(args),
+        data=_describe_data(args),
         verified=facts.verified or "not verified (to-hf --verify was not asked for)",
         code=" The model's code is in this folder."
         if facts.own_code
@@ -109,12 +109,8 @@ def build_card(config: Any, args: Namespace, facts: Facts) -> str:
     )
 
 
-def describe_data(args: Namespace) -> str:
-    """Names the training data by their last part alone, with the share of each.
-
-    Args:
-        args: Of the checkpoint.
-    """
+def _describe_data(args: Namespace) -> str:
+    """Names the training data by their last part alone, with the share of each."""
     for name in ("data_path", "train_data_path"):
         if listed := getattr(args, name, None):
             return _describe_blend(listed)

@@ -17,17 +17,22 @@ from megatron_satformer.checkpoint.megatron.reader import TRACKER
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
-def is_hugging_face(folder: Path, option: str = "load") -> bool:
+def is_hugging_face(folder: Path, option: str = "load", step: int | None = None) -> bool:
     """Whether a folder is Hugging Face's rather than a Megatron checkpoint.
 
     Args:
         folder: Of either kind.
         option: Its name in the message.
+        step: Asked for, which only a checkpoint has.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or has no steps and one is asked for.
     """
     if (folder / "config.json").is_file():
+        if step is not None:
+            raise ValueError(
+                f"step ({step}) must not be given with a Hugging Face folder ({folder})."
+            )
         return True
     # a step's folder, what --save names, or what is left of either
     signs = (".metadata", "metadata.json", TRACKER)

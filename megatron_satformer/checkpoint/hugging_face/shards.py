@@ -7,7 +7,6 @@ files are byte for byte those that the package safetensors writes of the same te
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ def parse_shard_size(size: str) -> int:
     return number
 
 
-@dataclass(frozen=True)
-class _Place:
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-
 class ShardWriter:
     """The safetensors files of one model, and their index if there are several.
 
@@ -63,7 +54,7 @@ class ShardWriter:
         )
         self._tensors = tensors
         self._folder = folder
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[Path, int]] = {}  # file, offset
         self.bytes: int = sum(tensor.nbytes for tensor in tensors.values())
 
     def write_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -71,7 +62,12 @@ class ShardWriter:
         self._create()
         for key, tensor in tensors:
             self._write(key, tensor)
-        self._finish()
+        assert not self._places, f"never written: {', '.join(self._places)}"
+        if not self._split.is_sharded:
+            return
+        index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self._folder / INDEX).write_text(text, encoding="utf-8")
 
     def _create(self) -> None:
         """Makes the files at their full size, with headers and without content."""
@@ -95,23 +91,11 @@ class ShardWriter:
                 stream.write(len(text).to_bytes(8, "little") + text)
                 stream.truncate(start + end)
             for key in keys:
-                offset = start + header[key]["data_offsets"][0]
-                self._places[key] = _Place(
-                    file, offset, self._tensors[key].dtype, self._tensors[key].shape
-                )
+                self._places[key] = file, start + header[key]["data_offsets"][0]
 
     def _write(self, key: str, tensor: Tensor) -> None:
-        place = self._places.pop(key)
-        assert (tensor.shape, tensor.dtype) == (place.shape, place.dtype), key
-        with place.file.open("r+b") as stream:
-            stream.seek(place.offset)
+        (file, offset), announced = self._places.pop(key), self._tensors[key]
+        assert (tensor.shape, tensor.dtype) == (announced.shape, announced.dtype), key
+        with file.open("r+b") as stream:
+            stream.seek(offset)
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-    def _finish(self) -> None:
-        """Writes the index where there are several files."""
-        assert not self._places, f"never written: {', '.join(self._places)}"
-        if not self._split.is_sharded:
-            return
-        index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._folder / INDEX).write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_satformer.checkpoint.hugging_face.tokenizer_source import WAY_OUT, detect_tokenizer
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import WAY_OUT
 from megatron_satformer.data.tokenizers.exact import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -37,26 +37,6 @@ from megatron_satformer.data.tokenizers.tiktoken_tokenizer import PATTERNS, TikT
 
 # of a large vocabulary, so many pieces make the random texts
 PIECES = 4000
-
-
-def export_tokenizer(source: Path | TokenizerOptions, folder: Path) -> Any:
-    """Writes the tokenizer's files into `folder`, checks them, and returns the tokenizer.
-
-    Args:
-        source: Its flags, or a file or folder that `detect_tokenizer` knows.
-        folder: An existing folder.
-
-    Returns:
-        The transformers tokenizer as loaded from `folder`.
-
-    Raises:
-        ValueError: If the source is no tokenizer, or cannot be exported exactly.
-    """
-    options = source if isinstance(source, TokenizerOptions) else detect_tokenizer(source)
-    build_transformers_tokenizer(options).save_pretrained(folder)
-    tokenizer = load_tokenizer(folder)
-    check_same_ids(tokenizer, options)
-    return tokenizer
 
 
 def load_tokenizer(folder: Path, config: Any = None) -> Any:
@@ -89,7 +69,7 @@ def build_transformers_tokenizer(
     reference = build_tokenizer(options)
     tokenizer: Any
     if isinstance(reference, SentencePieceTokenizer):
-        tokenizer = build_from_sentencepiece(Path(str(options.tokenizer_model)))
+        tokenizer = _from_sentencepiece(Path(str(options.tokenizer_model)))
     elif isinstance(reference, HuggingFaceTokenizer):
         tokenizer = _from_hugging_face(reference)
     elif isinstance(reference, GPT2BPETokenizer):
@@ -102,10 +82,11 @@ def build_transformers_tokenizer(
     return tokenizer
 
 
-def _wrap(backend: Any, names: dict[str, str]) -> PreTrainedTokenizerFast:
+def _wrap(backend: Any, names: dict[str, str], **options: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{f"{name}_token": token for name, token in names.items()},
+        **options,
         clean_up_tokenization_spaces=False,
         add_prefix_space=False,
         padding_side="left",
@@ -153,15 +134,8 @@ def _from_tiktoken(reference: TikTokenizer, pattern: str) -> PreTrainedTokenizer
     return _wrap(backend, {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"})
 
 
-def build_from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
-    """Builds the transformers tokenizer that encodes as the SentencePiece model does.
-
-    Args:
-        model: A SentencePiece .model file of type bpe or unigram.
-
-    Raises:
-        ValueError: If the model has a feature that cannot be carried over.
-    """
+def _from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
+    """Raises ValueError if the model has a feature that cannot be carried over."""
     from tokenizers import AddedToken
 
     proto = read_proto(model)
@@ -174,32 +148,23 @@ def build_from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(piece, normalized=False) for piece in control_pieces(proto)]
     )
-    unk = unknown_piece(proto)
-    names = {
+    names = {"unk": unknown_piece(proto)} | {
         name: proto.pieces[index].piece
         for name in ("bos", "eos", "pad")
         if (index := getattr(proto.trainer_spec, f"{name}_id")) >= 0
     }
-    names.setdefault("pad", names.get("eos", unk))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=unk,
-        **{f"{name}_token": piece for name, piece in names.items()},
-        split_special_tokens=True,  # "</s>" in a text is text
-        clean_up_tokenization_spaces=False,
-        add_prefix_space=False,
-        padding_side="left",
-    )
+    names.setdefault("pad", names.get("eos", names["unk"]))
+    return _wrap(tokenizer, names, split_special_tokens=True)  # "</s>" in a text is text
 
 
 def check_same_ids(
-    tokenizer: Any, source: Path | TokenizerOptions, count: int = 3000, seed: int = 0
+    tokenizer: Any, options: TokenizerOptions, count: int = 3000, seed: int = 0
 ) -> int:
     """Compares ids with the reference's on awkward and on random texts; with SentencePiece, text.
 
     Args:
         tokenizer: A transformers tokenizer.
-        source: The tokenizer that it stands for, as in `export_tokenizer`.
+        options: Flags of the tokenizer that it stands for.
         count: Number of random texts, concatenations of the vocabulary's own pieces and bytes.
         seed: Of the random texts.
 
@@ -209,7 +174,6 @@ def check_same_ids(
     Raises:
         ValueError: On the first text whose ids, or whose ids' text, differ.
     """
-    options = source if isinstance(source, TokenizerOptions) else detect_tokenizer(source)
     reference = build_tokenizer(options)
     where = options.tokenizer_model or options.vocab_file
     if len(tokenizer) != reference.vocab_size:

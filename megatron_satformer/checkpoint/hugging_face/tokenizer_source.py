@@ -42,7 +42,9 @@ def find_tokenizer(args: Namespace, given: str | None) -> TokenizerOptions | Non
     kind = args.tokenizer_type or ""
     if given == "none" or (given is None and kind.startswith("Null")):
         return None
-    own = None if kind not in SUPPORTED or kind.startswith("Null") else _options_of(args)
+    own = None
+    if kind in SUPPORTED and not kind.startswith("Null"):
+        own = replace(own_tokenizer_options(args), trust_remote_code=False)  # no code is run here
     if given is not None:
         options = detect_tokenizer(Path(given))
         if own is None or _family(own) != _family(options):
@@ -123,11 +125,14 @@ def _refuse_code(file: Path) -> None:
         )
 
 
-def _options_of(args: Namespace) -> TokenizerOptions:
-    """Takes what Megatron's own tokenizer of this type read; it ignored the other flags."""
-    kind = args.tokenizer_type
-    names = READ_BY[kind] | _ALSO_READ.get(kind, set())
-    names -= {"trust_remote_code"}  # code is not run here
+def own_tokenizer_options(args: Namespace) -> TokenizerOptions:
+    """Takes what Megatron's own tokenizer of this type read; it ignored the other flags.
+
+    Args:
+        args: Of the checkpoint.
+    """
+    kind = getattr(args, "tokenizer_type", None) or "none"
+    names = READ_BY.get(kind, set()) | _ALSO_READ.get(kind, set())
     values: dict[str, Any] = {name: getattr(args, name, None) for name in names}
     values = {name: value for name, value in values.items() if value is not None and value != []}
     if "special_tokens" in values:

@@ -141,16 +141,13 @@ class _ChunkPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn]
 
 
-def find_step_folder(load_dir: Path, step: int | None) -> Path:
-    """Finds a step's folder.
+def list_steps(load_dir: Path) -> list[int]:
+    """Lists the steps that have a folder, whole or not, in their order."""
+    return sorted(int(f.name[5:]) for f in load_dir.glob("iter_*") if f.name[5:].isdecimal())
 
-    Args:
-        load_dir: What `--save` of the training run named, or a step's own folder.
-        step: Iterations; None for the last one saved.
 
-    Raises:
-        ValueError: If there is no such checkpoint; says which there are.
-    """
+def _find_step_folder(load_dir: Path, step: int | None) -> Path:
+    """Raises ValueError if there is no such checkpoint; says which there are."""
     if not load_dir.is_dir():
         raise ValueError(f"load ({load_dir}) must be a folder of checkpoints, and there is none.")
     if (load_dir / ".metadata").is_file():
@@ -159,7 +156,7 @@ def find_step_folder(load_dir: Path, step: int | None) -> Path:
                 f"step ({step}) must not be given with one step's folder ({load_dir})."
             )
         return load_dir
-    steps = sorted(int(f.name[5:]) for f in load_dir.glob("iter_*") if f.name[5:].isdigit())
+    steps = list_steps(load_dir)
     if step is None:
         tracker = load_dir / TRACKER
         if not tracker.is_file() and not steps:
@@ -195,7 +192,7 @@ def open_checkpoint(load_dir: Path, step: int | None = None) -> MegatronCheckpoi
     Raises:
         ValueError: If there is none, it is not complete, or not of format torch_dist.
     """
-    folder = find_step_folder(load_dir, step)
+    folder = _find_step_folder(load_dir, step)
     _check_format(folder)
     try:
         # first: what Megatron reads needs it too, and says less where it is damaged

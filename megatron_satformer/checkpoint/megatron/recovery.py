@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_satformer.checkpoint.megatron.damage import find_damage
-from megatron_satformer.checkpoint.megatron.reader import STEP_FOLDER, TRACKER
+from megatron_satformer.checkpoint.megatron.reader import STEP_FOLDER, TRACKER, list_steps
 from megatron_satformer.files.atomic import write_atomically
 
 WAIT = 120.0  # seconds that a rank leaves to rank 0; reading the lists of a large model takes long
@@ -149,11 +149,6 @@ def _check_step(load: Path, step: int) -> None:
             f"ckpt_step ({step}) must be a whole step of load ({load}): {damage}. Use another of "
             f"its steps ({', '.join(others) or 'there is none'})."
         )
-
-
-def list_steps(load: Path) -> list[int]:
-    """Lists the steps that have a folder, whole or not, in their order."""
-    return sorted(int(f.name[5:]) for f in load.glob("iter_*") if f.name[5:].isdecimal())
 
 
 def find_step_damage(folder: Path) -> str:

@@ -71,10 +71,10 @@ class Piece:
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """Place in the whole tensor."""
-        if self.index is None:
-            return ChunkStorageMetadata(torch.Size([0] * len(self.shape)), torch.Size(self.shape))
-        offsets = [self.index, *[0] * len(self.shape)]
-        return ChunkStorageMetadata(torch.Size(offsets), torch.Size([1, *self.shape]))
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        if self.index is not None:
+            offsets, sizes = [self.index, *offsets], [1, *sizes]
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
 def write_release(

@@ -15,7 +15,7 @@ from megatron_satformer.checkpoint.hugging_face.tokenizer import (
     SAMPLE_TEXTS,
     build_transformers_tokenizer,
     check_same_ids,
-    export_tokenizer,
+    load_tokenizer,
 )
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import (
     detect_tokenizer,
@@ -57,6 +57,15 @@ def write_model(path: Path, **options) -> Path:
     return path
 
 
+def export_tokenizer(source: Path | TokenizerOptions, folder: Path):
+    """As `to-hf` does: writes the files, loads them again and compares the ids."""
+    options = source if isinstance(source, TokenizerOptions) else detect_tokenizer(source)
+    build_transformers_tokenizer(options).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    check_same_ids(tokenizer, options)
+    return tokenizer
+
+
 TEXTS = [
     *SAMPLE_TEXTS,
     "To be, or not to be:\n  that is the question\u2026\n\n",
@@ -84,7 +93,7 @@ def test_same_ids(options, tmp_path):
     for text in TEXTS:
         assert tokenizer.encode(text) == processor.encode(text), text
         assert tokenizer(text).input_ids == processor.encode(text), text
-    assert check_same_ids(tokenizer, model, count=500, seed=1) > 500
+    assert check_same_ids(tokenizer, detect_tokenizer(model), count=500, seed=1) > 500
     assert tokenizer.bos_token_id == processor.bos_id() == 1
     assert tokenizer.eos_token_id == processor.eos_id() == 2
     pad = processor.pad_id()
@@ -120,7 +129,7 @@ def test_a_wrong_tokenizer_is_found(tmp_path):
     wrong = write_model(tmp_path / "b.model", add_dummy_prefix=False)
     tokenizer = export_tokenizer(right, tmp_path)
     with pytest.raises(ValueError, match="exactly"):
-        check_same_ids(tokenizer, wrong)
+        check_same_ids(tokenizer, detect_tokenizer(wrong))
 
 
 def test_folder_is_copied(tmp_path):
