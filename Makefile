@@ -31,7 +31,7 @@ evaluate: quickstart ## the quickstart's model on offline tasks, through lm_eval
 	    RESULTS=runs/quickstart/eval_results examples/evaluate/3_offline.sh
 
 test: install ## the tests without those marked slow
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: install ## the whole test suite, as continuous integration runs it
 	$(BIN)/python -m pytest -m "" $(ARGS)

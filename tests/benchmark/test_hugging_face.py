@@ -46,6 +46,7 @@ def test_every_architecture_can_be_measured(architecture):
     assert type(_build_model(options, architecture)) is model_class(architecture)
 
 
+@pytest.mark.slow
 def test_models_take_turns_in_every_process():
     prefill, decode = _run_processes(replace(TINY, processes=2))
     assert {name: len(taken) for name, taken in prefill.items()} == dict.fromkeys(TINY.names, 4)

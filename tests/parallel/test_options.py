@@ -12,7 +12,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+FAST = "window and sinks"
+
+
+@pytest.mark.parametrize(
+    "model", [m if m == FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
+)
 def test_layout_equals_one_rank(started, pretrain, model):
     flags, one = started("satformer", MODELS[model])
     run = pretrain(4, *flags, *f"{TP2} {PP2} {SP}".split())

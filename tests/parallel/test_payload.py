@@ -223,7 +223,7 @@ def test_messages_are_the_formula_and_megatrons_number(recorded, plain, layout, 
 
 
 @pytest.mark.parametrize(
-    ("model", "ratio"), [("transformer", 1), ("satformer, MHA", 2), ("satformer, GQA", 1.25)]
+    ("model", "ratio"), [("transformer", 1), ("satformer", 2), ("satformer, GQA", 1.25)]
 )
 def test_figures_of_the_design(recorded, model, ratio):
     """docs/design.md, How V1 travels: elements per token at a boundary, 2h and 1.25h."""

@@ -43,7 +43,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("satformer tp2 pp2", *(f"{name} pp2" for name in TABLE))
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_equal(on_ranks, data_flags, tmp_path, name):
     """On text that was not trained on."""
     ranks, flags = CASES[name]

@@ -61,6 +61,7 @@ def test_starts_as_that_transformer(transformer, pretrain, tmp_path, layout):
     assert "WARNING: value_gate" not in run.output
 
 
+@pytest.mark.slow
 def test_same_command_line_resumes(transformer, pretrain, tmp_path):
     flags, folder, _ = transformer
     starting = ["--from-transformer", "--pretrained-checkpoint", folder, "--train-iters", STEPS]
@@ -72,6 +73,7 @@ def test_same_command_line_resumes(transformer, pretrain, tmp_path):
     assert first.losses + second.losses == straight.losses
 
 
+@pytest.mark.slow
 def test_relu_gates_at_exactly_zero_never_open(transformer, pretrain, tmp_path):
     flags, folder, losses = transformer
     starting = ["--from-transformer", "--load", folder, "--finetune", "--train-iters", STEPS]

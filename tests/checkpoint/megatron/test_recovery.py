@@ -201,7 +201,10 @@ def test_other_ranks_only_wait_where_they_read_the_tracker_early(load, monkeypat
 
 
 # --use-checkpoint-args reads the tracker on every rank before any process group exists.
-@pytest.mark.parametrize(("ranks", "extra"), [(1, ""), (2, f"{PP2} --use-checkpoint-args")])
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [(1, ""), pytest.param(2, f"{PP2} --use-checkpoint-args", marks=pytest.mark.slow)],
+)
 def test_a_run_is_healed_and_goes_on_with_the_same_losses(
     pretrain, data_flags, tmp_path, ranks, extra
 ):

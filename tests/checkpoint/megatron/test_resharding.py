@@ -169,6 +169,7 @@ def test_there_and_back_continues_to_the_last_digit(home, pretrain, tmp_path, ar
     assert continue_from(pretrain, flags, *HOME, tmp_path) == losses
 
 
+@pytest.mark.slow
 def test_without_distributed_optimizer(pretrain, data_flags, tmp_path):
     flags = [*SHAPE, *data_flags]
     saving = ["--save", tmp_path / "tp2", "--save-interval", SAVED, "--train-iters", LAST]

@@ -20,8 +20,8 @@ SLOW = pytest.mark.slow
     ("ranks", "extra"),
     [
         (1, ""),
-        (2, f"{PP2} --bf16"),
-        (2, f"{DO} {DROPOUT}"),
+        pytest.param(2, f"{PP2} --bf16", marks=SLOW),
+        pytest.param(2, f"{DO} {DROPOUT}", marks=SLOW),
         (2, f"{DO} {FP16}"),
         pytest.param(2, VIRTUAL, marks=SLOW),
         pytest.param(2, f"{PP2} {DO} {ASYNC}", marks=SLOW),
