@@ -91,7 +91,7 @@ LAYOUTS = {
 MODELS = {name: (name, HEADS, "") for name in TABLE}
 MODELS |= {f"{name}, GQA": (name, HEADS // 4, GQA) for name in CARRYING}
 MODELS |= {
-    f"{name}, last layer mixes": (name, HEADS, "--value-residual-last-k 1") for name in MIXING
+    f"{name}, last layer mixes": (name, HEADS, "--value-residual-last-k 1") for name in GATED
 }
 FAST = [
     *(("PP2", name) for name in TABLE),

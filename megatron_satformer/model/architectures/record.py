@@ -102,7 +102,8 @@ class Architecture:
     Attributes:
         name: value of --architecture.
         source: where it is published.
-        equation: for card and README; "{gate}" and the like are filled in by `describe`.
+        equation: for card and README; "{config.value_gate}" and the like are filled in from the
+            exported configuration.
         about: a sentence or two for the card.
         twin: import path of the plain torch model, "module:class".
         exported: import path of the exported causal language model, "module:class".
