@@ -1,6 +1,7 @@
 """What a run reuses, makes again, removes and says."""
 
 import os
+import re
 import time
 
 import pytest
@@ -57,7 +58,7 @@ def test_makes_all_then_reuses_all(go, tmp_path):
     assert [f"[{n}/3] {name:<11}makes {name}\n" in told for n, name in enumerate(ALL, 1)] == [
         True
     ] * 3
-    assert "00:00   two\n" in told
+    assert re.search(r"\d\d:\d\d   two\n", told)
     code, done, told = go()
     assert (code, done) == (0, [])
     assert [f"[{n}/3] {name:<11}reused: " in told for n, name in enumerate(ALL, 1)] == [True] * 3
@@ -100,7 +101,7 @@ def test_an_unreadable_stamp_counts_as_none(go, tmp_path, content):
 def test_a_failed_step_says_which_why_and_how_to_go_on(go, tmp_path):
     code, done, told = go(fail="tokenizer")
     assert (code, done) == (1, ALL[:2])
-    assert "Step 2 of 3 (tokenizer) failed after 00:00." in told
+    assert re.search(r"Step 2 of 3 \(tokenizer\) failed after \d\d:\d\d\.", told)
     assert "Why: KeyError: 'the cause'" in told
     assert "    | before\n" in told
     assert f"All of it: {tmp_path}/run/logs/tokenizer.log" in told
