@@ -27,8 +27,13 @@ TABLE: dict[str, str] = {
     PLAIN: f"{_HERE}.transformer:TRANSFORMER",
     "resformer": f"{_HERE}.resformer:RESFORMER",
     "satformer": f"{_HERE}.satformer:SATFORMER",
-    **{point.name: point.value for point in entry_points(group="megatron_satformer.architectures")},
 }
+for _point in entry_points(group="megatron_satformer.architectures"):
+    if TABLE.setdefault(_point.name, _point.value) != _point.value:
+        raise ImportError(
+            f"architecture ({_point.name}) is {TABLE[_point.name]} and, by an entry point of "
+            f"another package, {_point.value}. Rename the latter, or uninstall its package."
+        )
 
 
 @cache

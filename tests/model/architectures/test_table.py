@@ -1,6 +1,9 @@
 """What every architecture of the table has to keep, one that the package does not know included."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,21 @@ def test_coefficients_are_flat_and_tagged():
         assert head.average_gradients_across_tp_domain
         assert not hasattr(head, "sequence_parallel")
         assert stream.dtype == head.dtype == torch.float32
+
+
+def test_another_package_cannot_replace_an_architecture(tmp_path):
+    metadata = tmp_path / "other-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    group = "[megatron_satformer.architectures]\n"
+    (metadata / "entry_points.txt").write_text(f"{group}satformer = other:RECORD\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import megatron_satformer.model.architectures"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ImportError: architecture (satformer) is megatron_satformer." in done.stderr
+    assert "other:RECORD. Rename the latter" in done.stderr
