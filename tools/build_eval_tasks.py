@@ -7,6 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.analysis.local_tasks import build_local_tasks
 from megatron_satformer.cli import ToolParser, run_tool
+from megatron_satformer.data.reading.inputs import ON_UNKNOWN
+from megatron_satformer.data.reading.separators import unescape_separator
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "examples/evaluate/tasks"
 
@@ -30,6 +32,12 @@ def _parser() -> ToolParser:
     parser.add_argument(
         "--document-separator", help="What stands between two documents of a .txt file."
     )
+    parser.add_argument(
+        "--on-unknown",
+        choices=ON_UNKNOWN,
+        default="error",
+        help="What to do where a folder or glob holds a file of a kind that is not read.",
+    )
     parser.add_argument("--samples", type=int, default=200, help="At most, per task.")
     parser.add_argument(
         "--passage-words",
@@ -51,6 +59,7 @@ def _parser() -> ToolParser:
 def main() -> None:
     """Parses the flags and writes the tasks."""
     args = vars(_parser().parse_args())
+    args["document_separator"] = unescape_separator(args["document_separator"])
     print(build_local_tasks(args.pop("input"), **args))
 
 

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
 from megatron_satformer.data.preprocess.main import preprocess
 from megatron_satformer.data.preprocess.options import BACKENDS, ON_ERROR, PreprocessOptions
+from megatron_satformer.data.reading.inputs import ON_UNKNOWN
+from megatron_satformer.data.reading.separators import unescape_separator
 from megatron_satformer.data.tokenizers.hugging_face import hide_torch
 from megatron_satformer.data.tokenizers.options import (
     add_tokenizer_arguments,
@@ -40,8 +42,13 @@ REFUSED = {
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     group = parser.add_argument_group("input data")
-    names = ("input", "json_keys", "document_separator", "on_error")
-    add_flags_of(group, PreprocessOptions, *names, on_error={"choices": ON_ERROR})
+    add_flags_of(
+        group,
+        PreprocessOptions,
+        *("input", "json_keys", "document_separator", "on_error", "on_unknown"),
+        on_error={"choices": ON_ERROR},
+        on_unknown={"choices": ON_UNKNOWN},
+    )
     add_tokenizer_arguments(parser)
     group = parser.add_argument_group("tokenization process")
     names = ("append_eod", "keep_empty", "tokenizer_backend", "verify_fraction")
@@ -85,31 +92,18 @@ def _take_other_arguments(args: dict[str, Any]) -> None:
             print(f"note: {flag} changes nothing here: {reason}.", file=sys.stderr)
 
 
-def _unescape(separator: str | None) -> str | None:
-    r"""Returns the separator with \n, \t, \r, \0 and \\ as the shell cannot write them."""
-    if separator is None:
-        return None
-    marks = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
-    out, characters = [], iter(separator)
-    for character in characters:
-        if character == "\\":
-            follower = next(characters, "")
-            out.append(marks.get(follower, "\\" + follower))
-        else:
-            out.append(character)
-    return "".join(out)
-
-
 def main() -> None:
     """Parses the flags and tokenizes."""
     args = vars(_parser().parse_args())
     _take_other_arguments(args)
     hide_torch()
     tokenizer = take_tokenizer_options(args)
-    args["document_separator"] = _unescape(args["document_separator"])
+    args["document_separator"] = unescape_separator(args["document_separator"])
     summary = preprocess(PreprocessOptions(tokenizer=tokenizer, **args))
     done = summary.text_bytes - summary.resumed_bytes
     left_out = f"{summary.empty_documents} empty, {summary.rejected_documents} rejected"
+    if summary.unread_files:
+        left_out += f", {summary.unread_files} files not read"
     print(
         f"{summary.documents} documents ({left_out}), {summary.tokens} tokens of {summary.dtype} "
         f"in {summary.seconds:.1f} s ({done / summary.seconds / 1e6:.1f} MB/s; "

@@ -6,6 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
+from megatron_satformer.data.reading.inputs import ON_UNKNOWN
+from megatron_satformer.data.reading.separators import unescape_separator
 from megatron_satformer.data.tokenizers.training import TYPES, train_tokenizer
 
 
@@ -21,9 +23,10 @@ def _parser() -> ToolParser:
     add_flags_of(
         parser,
         train_tokenizer,
-        *("json_keys", "document_separator", "tokenizer_type"),
+        *("json_keys", "document_separator", "on_unknown", "tokenizer_type"),
         *("vocab_size", "max_bytes", "output", "overwrite"),
         tokenizer_type={"choices": TYPES},
+        on_unknown={"choices": ON_UNKNOWN},
     )
     return parser
 
@@ -31,6 +34,7 @@ def _parser() -> ToolParser:
 def main() -> None:
     """Parses the flags and trains."""
     args = vars(_parser().parse_args())
+    args["document_separator"] = unescape_separator(args["document_separator"])
     trained = train_tokenizer(args.pop("input"), **args)
     print(
         f"{trained.vocab_size} pieces from {trained.documents} documents "

@@ -77,6 +77,7 @@ def build_local_tasks(
     split: str | None = None,
     json_key: str = "text",
     document_separator: str | None = None,
+    on_unknown: str = "error",
     samples: int = 200,
     passage_words: int = 60,
     seed: int = 1234,
@@ -91,6 +92,7 @@ def build_local_tasks(
         split: As in training: its validation documents alone are used. None: all documents.
         json_key: Whose text is used.
         document_separator: Between two documents of plain text.
+        on_unknown: Whether a file of an unknown kind in a folder is an "error", or to "skip".
         samples: Most samples per task; perplexity takes a document each.
         passage_words: Words of a passage; a model must be made for about twice as many tokens.
         seed: Of the choice of passages.
@@ -103,7 +105,7 @@ def build_local_tasks(
     for name, value, least in (("samples", samples, 1), ("passage_words", passage_words, 20)):
         if value < least:
             raise ValueError(f"{name} ({value}) must be at least {least}.")
-    sources = find_inputs(values, document_separator)
+    sources = find_inputs(values, document_separator, on_unknown).sources
     texts = [text for (text,) in read_documents(sources, [json_key], document_separator) if text]
     if split is not None:
         first, end = split_documents(parse_split(split), len(texts))[1] or (0, 0)

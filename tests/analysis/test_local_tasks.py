@@ -1,6 +1,8 @@
 """The offline tasks ask what they say they ask, from the documents that they may use."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from megatron_satformer.analysis.local_tasks import build_local_tasks
 from tests.texts import source_texts, write_lines
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "examples/evaluate/tasks"
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = ROOT / "examples/evaluate/tasks"
 OPTIONS = {"templates": TEMPLATES, "samples": 40, "passage_words": 30}
 
 
@@ -61,6 +64,17 @@ def test_answers(corpus, made):
     for row in read(made.folder, "recall"):
         assert row["context"].count(row["cue"]) == 1
         assert row["context"].partition(f"{row['cue']} ")[2].startswith(row["answer"])
+
+
+def test_text_is_read_as_by_preprocess_data(corpus, tmp_path):
+    documents = [document for document in corpus[0] if document.strip()]
+    path = tmp_path / "corpus.TXT"
+    path.write_bytes("\r\n=\r\n".join(documents).encode())
+    command = [sys.executable, ROOT / "tools/build_eval_tasks.py", "--input", path]
+    command += ["--save", tmp_path / "tasks", "--document-separator", r"\n=\n"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"from {len(documents)} documents" in result.stdout
+    assert not result.stderr
 
 
 def test_tasks_name_their_data(made):

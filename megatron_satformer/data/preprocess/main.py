@@ -9,7 +9,6 @@ only once it is complete. One thing differs: documents without a token are dropp
 import os
 import sys
 import time
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,8 +23,8 @@ from megatron_satformer.data.preprocess.pool import ChunkError, WorkerDiedError,
 from megatron_satformer.data.preprocess.progress import Progress
 from megatron_satformer.data.preprocess.run_folder import RunFolder
 from megatron_satformer.data.reading.chunks import Chunk, read_chunks
-from megatron_satformer.data.reading.documents import describe_bad
-from megatron_satformer.data.reading.inputs import STDIN, Source, find_inputs
+from megatron_satformer.data.reading.documents import describe_bad, place_of
+from megatron_satformer.data.reading.inputs import STDIN, Inputs, find_inputs
 from megatron_satformer.data.tokenizers.fast import FastUnavailable, fast_pipeline
 
 KEPT = "Put that right; the work so far is kept, run the same command to continue"
@@ -41,8 +40,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
             input or other options. Nothing has the final names then.
     """
     start = time.perf_counter()
-    sources = find_inputs(options.input, options.document_separator)
-    if len(options.json_keys) > 1 and any(source.format == "txt" for source in sources):
+    inputs = find_inputs(options.input, options.document_separator, options.on_unknown)
+    if len(options.json_keys) > 1 and any(source.format == "txt" for source in inputs.sources):
         raise ValueError(
             f"json_keys ({' '.join(options.json_keys)}) must be one with plain text, which has no "
             "keys. Give one, to name the output."
@@ -53,14 +52,14 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
                 for prefix in options.prefixes:
                     check_output_free(prefix, options.overwrite)
             encoder = ChunkEncoder(options)
-            folder.take_up(sources)
+            folder.take_up(inputs.sources)
             if "publishing" in folder.state:
                 # Killed between two renames.
                 folder.finish_publishing()
                 summary = folder.state["summary"]
                 resumed = summary["text_bytes"]
             else:
-                summary, resumed = TokenizeRun(folder, sources, encoder).tokenize()
+                summary, resumed = TokenizeRun(folder, inputs, encoder).tokenize()
         except BaseException:
             if folder.is_empty() or options.reads_stdin:
                 folder.remove()
@@ -72,9 +71,9 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
 class TokenizeRun:
     """The work of one call of `preprocess`, in a folder that is locked and checked."""
 
-    def __init__(self, folder: RunFolder, sources: Sequence[Source], encoder: ChunkEncoder) -> None:
+    def __init__(self, folder: RunFolder, inputs: Inputs, encoder: ChunkEncoder) -> None:
         self.options, self.folder = folder.options, folder
-        self.sources, self.encoder = sources, encoder
+        self.sources, self.unread, self.encoder = inputs.sources, inputs.unread, encoder
 
     def tokenize(self) -> tuple[dict[str, Any], int]:
         """Does what is left to do; returns the summary and the bytes that were done before."""
@@ -97,7 +96,7 @@ class TokenizeRun:
             raise
         summary = self._summarize()
         try:
-            self.folder.publish(summary)
+            self.folder.publish(summary, self.unread)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{self.folder.path}: {reason}. {KEPT}.") from None
@@ -146,6 +145,7 @@ class TokenizeRun:
             "documents": sum(spool.documents for spool in spools),
             "empty_documents": sum(spool.empty for spool in spools),
             "rejected_documents": totals["rejected"],
+            "unread_files": len(self.unread),
             "tokens": sum(spool.tokens for spool in spools),
             "text_bytes": totals["bytes"],
             "dtype": self.encoder.dtype.name,
@@ -194,8 +194,7 @@ class TokenizeRun:
         return sum(s.size * (5 if s.compression else 1) for s in self.sources)
 
     def _place(self, chunk: Chunk, offset: int = 0) -> str:
-        source = chunk.source
-        return f"{source.path}, {source.unit} {self.folder.number_of(chunk, offset)}"
+        return place_of(chunk.source, self.folder.number_of(chunk, offset))
 
     def _check_complete(self) -> None:
         names = ", ".join(source.path for source in self.sources)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_satformer.data.datasets.indexed import check_prefix
 from megatron_satformer.data.reading.chunks import CHUNK_BYTES
-from megatron_satformer.data.reading.inputs import STDIN
+from megatron_satformer.data.reading.inputs import ON_UNKNOWN, STDIN
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 
 BACKENDS = ("auto", "reference", "fast")
@@ -22,14 +22,16 @@ class PreprocessOptions:
     the workers.
 
     Attributes:
-        input: In this order: files (.jsonl, .txt, also .gz or .zst; .parquet), quoted globs,
-            folders, or - for stdin.
+        input: In this order: files (.jsonl, .txt, also compressed; .parquet, .arrow), quoted
+            globs, folders (also of Hugging Face datasets), or - for stdin.
         output_prefix: Writes PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json.
         tokenizer: The tokenizer flags.
         json_keys: Keys to tokenize, one data set each.
         append_eod: End every document that is not empty with the tokenizer's eod.
-        document_separator: What stands between two documents of a .txt file, such as '\n\n'; ''
-            for nothing: each file is one document.
+        document_separator: What stands between two documents of a .txt file, such as '\n\n',
+            whether its lines end in LF or CRLF; '' for nothing: each file is one document.
+        on_unknown: error where a folder or glob holds a file of a kind that is not read, or skip:
+            leave such files out, say so, and list them in the manifest.
         keep_empty: Keep documents without a token as boundaries, as Megatron-LM's tool does.
         on_error: stop at the first bad document, or skip: leave bad ones out, and list them in
             PREFIX.rejects.jsonl.
@@ -53,6 +55,7 @@ class PreprocessOptions:
     json_keys: Sequence[str] = ("text",)
     append_eod: bool = False
     document_separator: str | None = None
+    on_unknown: str = "error"
     keep_empty: bool = False
     on_error: str = "stop"
     tokenizer_backend: str = "auto"
@@ -79,7 +82,12 @@ class PreprocessOptions:
                 f"verify_fraction ({self.verify_fraction}) must be from 0 to 1. 0.01 checks one "
                 "document in a hundred, 1 all of them."
             )
-        for name, choices in (("tokenizer_backend", BACKENDS), ("on_error", ON_ERROR)):
+        choices_of = {
+            "tokenizer_backend": BACKENDS,
+            "on_error": ON_ERROR,
+            "on_unknown": ON_UNKNOWN,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be one of {', '.join(choices)}."
@@ -106,6 +114,7 @@ class PreprocessSummary:
         documents: Documents written.
         empty_documents: Documents without a token.
         rejected_documents: Bad documents that were skipped.
+        unread_files: Files of folders and globs that were not read, or read by another name.
         tokens: Tokens written.
         text_bytes: Bytes of input, uncompressed.
         resumed_bytes: Those of them that runs before this one had done.
@@ -120,6 +129,7 @@ class PreprocessSummary:
     documents: int
     empty_documents: int
     rejected_documents: int
+    unread_files: int
     tokens: int
     text_bytes: int
     resumed_bytes: int

@@ -38,7 +38,8 @@ from megatron_satformer.data.preprocess.encoding import Encoded, KeyTokens
 from megatron_satformer.data.preprocess.options import PreprocessOptions
 from megatron_satformer.data.preprocess.run_identity import check_same_run, describe_run
 from megatron_satformer.data.reading.chunks import Chunk
-from megatron_satformer.data.reading.inputs import Source
+from megatron_satformer.data.reading.columns import row_group_of
+from megatron_satformer.data.reading.inputs import Source, Unread
 from megatron_satformer.files.atomic import sync, write_atomically
 from megatron_satformer.files.locks import open_locked
 
@@ -256,9 +257,12 @@ class RunFolder:
         keys = [spool.append(part) for spool, part in zip(self.spools, encoded.keys, strict=True)]
         journal, rejects = self._open
         for bad in encoded.rejected:
+            number = self.number_of(chunk, bad.offset)
+            group = row_group_of(chunk.source, number)
             reject = {
                 "file": chunk.source.path,
-                chunk.source.unit: self.number_of(chunk, bad.offset),
+                chunk.source.unit: number,
+                **({"row_group": group} if group is not None else {}),
                 "reason": bad.reason,
                 "begins": bad.excerpt,
             }
@@ -279,11 +283,12 @@ class RunFolder:
         journal.flush()
         self._count(record)
 
-    def publish(self, summary: dict[str, Any]) -> None:
+    def publish(self, summary: dict[str, Any], unread: Sequence[Unread]) -> None:
         """Completes the files, whose data sets are open, and gives them their final names.
 
         Args:
             summary: Counts for the manifest.
+            unread: Files that it lists as not read.
         """
         prefix, parent = os.fspath(self.options.output_prefix), self.path.parent
         manifest = {
@@ -291,6 +296,7 @@ class RunFolder:
             "version": VERSION,
             "summary": summary,
             "asked": self.state["asked"],
+            "unread": [{"file": one.path, "reason": one.reason} for one in unread],
             "datasets": {spool.name: spool.complete() for spool in self.spools},
         }
         write_manifest(self.path / f"data{SUFFIX}", manifest)

@@ -20,9 +20,12 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 # Options on which the output depends.
 ASKED = (
-    *("append_eod", "document_separator", "keep_empty", "on_error"),
+    *("append_eod", "document_separator", "keep_empty", "on_error", "on_unknown"),
     *("tokenizer_backend", "verify_fraction", "chunk_bytes"),
 )
+
+# Changes that let a run go on which was stopped for what it found.
+LOOSENED = {"on_error": ("stop", "skip"), "on_unknown": ("error", "skip")}
 
 
 def describe_run(options: PreprocessOptions, sources: Sequence[Source]) -> dict[str, Any]:
@@ -66,7 +69,8 @@ def _files_of(path: Path) -> list[Path]:
 def check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuses to continue a run that was asked something else.
 
-    `on_error` may go from stop to skip: that is how one continues after a bad document.
+    `on_error` may go from stop to skip: that is how one continues after a bad document. So may
+    `on_unknown`, whose effect on the inputs is compared.
 
     Args:
         before: What the unfinished run was asked; values of JSON.
@@ -88,7 +92,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) ->
             raise ValueError(f"{what} has changed since this run began ({sizes}). {way_out}")
     for key, new in now.items():
         old = before.get(key)
-        if old == new or (key == "on_error" and (old, new) == ("stop", "skip")):
+        if old == new or (old, new) == LOOSENED.get(key):
             continue
         if key == "inputs":
             raise ValueError(

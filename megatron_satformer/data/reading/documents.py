@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_satformer.data.reading.chunks import Chunk, read_chunks
+from megatron_satformer.data.reading.columns import Row, row_group_of
 from megatron_satformer.data.reading.inputs import Source
+from megatron_satformer.data.reading.kinds import BOM, COLUMNS
 
 EXCERPT = 200
 Parser = Callable[[bytes], list[str]]
@@ -36,7 +38,7 @@ def build_reader(keys: Sequence[str]) -> Reader:
     formats: dict[str, Callable[[Any], list[str]]] = {
         "jsonl": build_line_parser(keys),
         "txt": lambda raw: [decode_text(raw)] * len(keys),
-        "parquet": lambda row: [check_text(*pair) for pair in zip(row, keys, strict=True)],
+        **dict.fromkeys(COLUMNS, lambda row: parse_row(row, keys)),
     }
 
     def read(chunk: Chunk) -> Iterator[list[str] | Rejected]:
@@ -47,7 +49,7 @@ def build_reader(keys: Sequence[str]) -> Reader:
             try:
                 yield parse(raw)
             except ValueError as error:
-                begins = raw if isinstance(raw, bytes) else repr(raw).encode("utf-8", "replace")
+                begins = raw if isinstance(raw, bytes) else b" ".join(filter(None, raw))
                 yield Rejected(offset, str(error), begins[:EXCERPT].decode("utf-8", "replace"))
 
     return read
@@ -72,7 +74,14 @@ def read_documents(
 
 def describe_bad(source: Source, number: int, reason: str) -> str:
     """Returns the message about the bad document `number`, from 1, of an input."""
-    return f"{source.path}, {source.unit} {number}: {reason}. Correct or remove it."
+    return f"{place_of(source, number)}: {reason}. Correct or remove it."
+
+
+def place_of(source: Source, number: int) -> str:
+    """Returns what to call document `number`, from 1, of an input."""
+    group = row_group_of(source, number)
+    inside = f" (row group {group})" if group is not None else ""
+    return f"{source.path}, {source.unit} {number}{inside}"
 
 
 def _read_range(path: str, wanted: range) -> list[bytes]:
@@ -87,6 +96,8 @@ def _read_range(path: str, wanted: range) -> list[bytes]:
         block = file.read(left)
         # Splitting is several times faster than reading line by line.
         lines = (block if block.endswith(b"\n") else block + file.readline()).split(b"\n")
+    if not wanted.start:
+        lines[0] = lines[0].removeprefix(BOM)
     return lines if lines[-1] else lines[:-1]
 
 
@@ -114,6 +125,23 @@ def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:
             found = ", ".join(sorted(record)) or "none"
             raise ValueError(f'no key "{key}" (its keys: {found}); see --json-keys')
         texts.append(check_text(record[key], key))
+    return texts
+
+
+def parse_row(row: Row, keys: Sequence[str]) -> list[str]:
+    """Returns the texts of a row of columns.
+
+    Raises:
+        ValueError: If a value is missing or not UTF-8; the message names its column.
+    """
+    texts = []
+    for value, key in zip(row, keys, strict=True):
+        if value is None:
+            raise ValueError(f'"{key}" must be a string, not null')
+        try:
+            texts.append(decode_text(value))
+        except ValueError as error:
+            raise ValueError(f'"{key}" has {error}') from None
     return texts
 
 

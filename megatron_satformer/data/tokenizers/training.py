@@ -81,6 +81,7 @@ def train_tokenizer(
     tokenizer_type: str = "SentencePieceTokenizer",
     max_bytes: int | None = None,
     document_separator: str | None = None,
+    on_unknown: str = "error",
 ) -> TrainedTokenizer:
     """Trains a tokenizer on the text of the inputs and writes its files.
 
@@ -98,6 +99,7 @@ def train_tokenizer(
         max_bytes: Learn from a random sample of documents of this many bytes together; all if left
             out. SentencePiece holds what it learns from in memory, several times over.
         document_separator: What stands between two documents of a .txt file.
+        on_unknown: error where a folder or glob holds a file of a kind that is not read, or skip.
 
     Raises:
         ValueError: If an input is bad, the output exists, or the vocabulary does not fit the text.
@@ -105,7 +107,7 @@ def train_tokenizer(
     start = time.perf_counter()
     _check_sizes(tokenizer_type, vocab_size, max_bytes)
     paths = _output_paths(Path(output), tokenizer_type, overwrite)
-    sources = find_inputs(inputs, document_separator)
+    sources = find_inputs(inputs, document_separator, on_unknown).sources
     count = _Count()
     with ExitStack() as stack:
         outputs = [stack.enter_context(AtomicFile(path)) for path in paths]

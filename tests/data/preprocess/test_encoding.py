@@ -22,8 +22,9 @@ NUMBERS = TokenizerOptions("NullTokenizer", vocab_size=300)
 ROWS = Source("a.parquet", "parquet", None, 0, 0)
 
 
-def rows(*documents: object, number: int = 0) -> Chunk:
-    content = [(text,) if isinstance(text, str) else text for text in documents]
+def rows(*documents: str | tuple[str | None, ...], number: int = 0) -> Chunk:
+    texts = [(text,) if isinstance(text, str) else text for text in documents]
+    content = [tuple(None if text is None else text.encode() for text in row) for row in texts]
     return Chunk(number, 0, ROWS, 0, content)
 
 

@@ -229,6 +229,7 @@ def test_another_input_or_option_is_refused(
         ({"append_eod": False}, r"append_eod \(False\) was True when this run began"),
         ({"json_keys": ("title",)}, "json_keys"),
         ({"on_error": "stop"}, r"on_error \(stop\) was skip"),
+        ({"document_separator": ""}, "document_separator"),
         ({"input": [other]}, r"other.jsonl\) was .*input.jsonl when this run began"),
         ({"input": [source, other]}, "input has 2 files, but had 1"),
         ({"tokenizer": TokenizerOptions("GPTSentencePieceTokenizer", spm_model)}, "tokenizer_type"),
@@ -244,6 +245,22 @@ def test_another_input_or_option_is_refused(
     summary = preprocess(replace(stopped, overwrite=True))
     assert summary.resumed_bytes == 0
     assert finished(tmp_path)[:2] == expected[:2]
+
+
+def test_unknown_files_may_be_skipped_later_and_never_the_other_way(
+    options: PreprocessOptions, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_satformer.data.preprocess.run_folder import RunFolder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "publish", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            preprocess(replace(options, on_unknown="error"))
+        with pytest.raises(Stop):
+            preprocess(replace(options, on_unknown="skip"))
+        with pytest.raises(ValueError, match=r"on_unknown \(error\) was skip when this run began"):
+            preprocess(replace(options, on_unknown="error"))
+    assert preprocess(replace(options, on_unknown="skip")).resumed_bytes > 0
 
 
 def test_an_input_that_grows_while_it_is_read_is_refused(

@@ -71,6 +71,21 @@ def test_tool(corpus: Path, tmp_path: Path, tool: Callable, fails: Callable) -> 
     assert tool("train_tokenizer", *args, 600, "--overwrite").returncode == 0
 
 
+def test_text_is_read_as_by_preprocess_data(corpus: Path, tmp_path: Path, tool: Callable) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = [json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines()[:60]]
+    texts = [text for text in texts if text and "\r" not in text and "\n=\n" not in text]
+    (folder / "a.TXT").write_bytes("\r\n=\r\n".join(texts).encode())
+    (folder / "b.bin").write_bytes(b"\0")
+    args = ["--input", folder, "--output", tmp_path / "out", "--vocab-size", 500]
+    args += ["--document-separator", r"\n=\n", "--on-unknown", "skip"]
+    result = tool("train_tokenizer", *args)
+    assert result.returncode == 0, result.stderr
+    assert f"500 pieces from {len(texts)} documents" in result.stdout
+    assert result.stderr == f"note: {folder}/b.bin is not read: no text.\n"
+
+
 def test_errors(corpus: Path, tmp_path: Path, fails: Callable, names: Callable) -> None:
     out, small, blank = tmp_path / "out", tmp_path / "small.jsonl", tmp_path / "blank.jsonl"
     small.write_text('{"text": "a few words, and a few more"}\n')
