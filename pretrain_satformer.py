@@ -58,9 +58,11 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
 from megatron_satformer.checkpoint.megatron.recovery import recover
 from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
 from megatron_satformer.cli import only_rank_0_speaks, usage_errors
+from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training.index_cache import (
     find_index_sets,
     muted_logging,
@@ -363,8 +365,12 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             if samples is not None:
                 prepare_data(samples)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
-            if model.transformer.warning:
-                print(f"WARNING: {model.transformer.warning}", flush=True)
+            for warning in (
+                model.transformer.warning,
+                export_warning(own_tokenizer_options(args)),
+            ):
+                if warning:
+                    print(f"WARNING: {warning}", flush=True)
     return args, model
 
 

@@ -11,6 +11,7 @@ import torch
 from megatron_satformer.checkpoint.convert.options import build_hf_config
 from megatron_satformer.checkpoint.convert.to_hf import read_state_dict
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
+from tests.checkpoint.hugging_face.test_tokenizer import write_model
 from tests.checkpoint.inputs import read_ids
 from tests.models import build_twin, twin_class
 from tests.small import PP2, SHAPE
@@ -24,6 +25,18 @@ def test_report_and_validation(pretrain, data_flags):
     assert "satformer, 3 of 4 layers mix V1, relu gate" in run.output
     assert "payload: 128 (2.00x) elements per row at 1 boundary" in run.output
     assert set(run.scalars("lm loss validation")) == {1, 2}
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(pretrain, tmp_path):
+    model = write_model(
+        tmp_path / "a.model", user_defined_symbols=["\u2581\u2581"], add_dummy_prefix=False
+    )
+    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+    run = pretrain(1, *SHAPE, "--mock-data", *tokenizer, "--train-iters", 1)
+    told, _, after = run.output.partition("> building train, validation, and test datasets")
+    assert after
+    assert told.count(f"WARNING: tokenizer_model ({model}) has user-defined pieces") == 1
 
 
 # What the plain twin has an option for, or what must not change what is computed.

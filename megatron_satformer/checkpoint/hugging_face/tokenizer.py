@@ -17,6 +17,7 @@ from megatron_satformer.data.tokenizers.exact import (
     Tokenizer,
     build_tokenizer,
 )
+from megatron_satformer.data.tokenizers.exportable import sentencepiece_obstacle
 from megatron_satformer.data.tokenizers.hugging_face import (
     GPT2_END,
     GPT2BPETokenizer,
@@ -26,7 +27,6 @@ from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.data.tokenizers.sentencepiece_pipeline import (
     SAMPLE_TEXTS,
     SPACE,
-    NotConvertibleError,
     build_pipeline,
     control_pieces,
     random_texts,
@@ -139,12 +139,12 @@ def _from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken
 
     proto = read_proto(model)
-    try:
-        tokenizer = build_pipeline(proto)
-    except NotConvertibleError as feature:
+    obstacle = sentencepiece_obstacle(proto)
+    if obstacle is not None:
         raise ValueError(
-            f"tokenizer ({model}) has {feature}, which cannot be exported exactly. {WAY_OUT}"
-        ) from None
+            f"tokenizer ({model}) has {obstacle}, which cannot be exported exactly. {WAY_OUT}"
+        )
+    tokenizer = build_pipeline(proto)
     tokenizer.add_special_tokens(
         [AddedToken(piece, normalized=False) for piece in control_pieces(proto)]
     )

@@ -25,6 +25,7 @@ from megatron_satformer.data.preprocess.run_folder import RunFolder
 from megatron_satformer.data.reading.chunks import Chunk, read_chunks
 from megatron_satformer.data.reading.documents import describe_bad, place_of
 from megatron_satformer.data.reading.inputs import STDIN, Inputs, find_inputs
+from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.tokenizers.fast import FastUnavailable, fast_pipeline
 
 KEPT = "Put that right; the work so far is kept, run the same command to continue"
@@ -52,6 +53,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
                 for prefix in options.prefixes:
                     check_output_free(prefix, options.overwrite)
             encoder = ChunkEncoder(options)
+            if (warning := export_warning(options.tokenizer)) is not None:
+                print(f"WARNING: {warning}", file=sys.stderr)
             folder.take_up(inputs.sources)
             if "publishing" in folder.state:
                 # Killed between two renames.

@@ -56,6 +56,24 @@ def build_pipeline(proto: Any) -> Any:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
+    spec = proto.normalizer_spec
+    feature = find_unconvertible(proto)
+    if feature is not None:
+        raise NotConvertibleError(feature)
+    tokenizer = Tokenizer(_model(proto))
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(spec))
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        decoding.append(decoders.Strip(" ", 1 << 30 if spec.remove_extra_whitespaces else 1, 0))
+    tokenizer.decoder = decoders.Sequence(decoding)
+    tokenizer.add_tokens(
+        [AddedToken(piece, normalized=False) for piece in user_defined_pieces(proto)]
+    )
+    return tokenizer
+
+
+def find_unconvertible(proto: Any) -> str | None:
+    """Returns the feature of a model that `build_pipeline` refuses, or None."""
     spec, kinds = proto.normalizer_spec, _kinds(proto)
     refused = {
         "treat_whitespace_as_suffix": proto.trainer_spec.treat_whitespace_as_suffix,
@@ -65,24 +83,12 @@ def build_pipeline(proto: Any) -> Any:
         "model_type": proto.trainer_spec.model_type not in (1, 2),
         "unused pieces": any(piece.type == kinds.UNUSED for piece in proto.pieces),
     }
-    for feature, present in refused.items():
-        if present:
-            raise NotConvertibleError(feature)
+    return next((feature for feature, present in refused.items() if present), None)
 
-    tokenizer = Tokenizer(_model(proto))
-    tokenizer.normalizer = normalizers.Sequence(_normalizers(spec))
-    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        decoding.append(decoders.Strip(" ", 1 << 30 if spec.remove_extra_whitespaces else 1, 0))
-    tokenizer.decoder = decoders.Sequence(decoding)
-    tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False)
-            for piece in proto.pieces
-            if piece.type == kinds.USER_DEFINED
-        ]
-    )
-    return tokenizer
+
+def user_defined_pieces(proto: Any) -> list[str]:
+    """Returns the pieces that match as they stand, in the order of their ids."""
+    return [p.piece for p in proto.pieces if p.type == _kinds(proto).USER_DEFINED]
 
 
 def control_pieces(proto: Any) -> list[str]:

@@ -5,8 +5,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_satformer.data.datasets.indexed import IndexedFile
 from megatron_satformer.data.datasets.manifest import read_manifest
+from megatron_satformer.data.preprocess.main import preprocess
+from megatron_satformer.data.preprocess.options import PreprocessOptions
+from megatron_satformer.data.tokenizers.options import TokenizerOptions
+from tests.checkpoint.hugging_face.test_tokenizer import write_model
 
 
 def test_a_folder_is_read_whole_and_what_is_not_is_counted(
@@ -51,3 +57,19 @@ def test_a_folder_is_read_whole_and_what_is_not_is_counted(
         2,
         2,
     ]
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "first"}\n')
+    for run, expected in (("\u2581\u2581", 1), ("<sep>", 0)):
+        model = write_model(
+            tmp_path / "a.model", user_defined_symbols=[run], add_dummy_prefix=False
+        )
+        options = TokenizerOptions("SentencePieceTokenizer", str(model))
+        preprocess(PreprocessOptions([source], tmp_path / "x", options, overwrite=True))
+        warnings = capsys.readouterr().err.splitlines()
+        assert len(warnings) == expected
+        assert all(f"WARNING: tokenizer_model ({model}) has user-defined" in w for w in warnings)
