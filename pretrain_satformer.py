@@ -60,7 +60,11 @@ from megatron_satformer import arguments, refusals
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
 from megatron_satformer.checkpoint.megatron.recovery import recover
-from megatron_satformer.checkpoint.megatron.resume import check_resume, starts_from_transformer
+from megatron_satformer.checkpoint.megatron.resume import (
+    check_resume,
+    hand_on,
+    starts_from_transformer,
+)
 from megatron_satformer.cli import only_rank_0_speaks, usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training.index_cache import (
@@ -358,7 +362,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
         refusals.check_carry(model.transformer)
         check_ranks_hold_something(model.transformer)
         if args.rank == 0:
-            check_resume(args)
+            hand_on(args, check_resume(args), get_tokenizer().vocab_size)
             if not args.mock_data:
                 check_data()
             samples = planned_samples(vars(args))

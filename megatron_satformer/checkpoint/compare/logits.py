@@ -41,6 +41,7 @@ from megatron_satformer.checkpoint.megatron.model import (
     megatron_logits,
 )
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.checkpoint.megatron.vocabulary import known_size
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.model.architectures import PLAIN
 
@@ -245,13 +246,13 @@ def _megatron_side(checkpoint: MegatronCheckpoint, rounded_to: torch.dtype | Non
         with load_megatron_model(checkpoint, dtype, rounded_to) as model:
             yield partial(megatron_logits, model)
 
-    encode, reason, vocab_size = None, "", getattr(args, "vocab_size", None)
+    encode, reason, vocab_size = None, "", known_size(args)
     try:
         with quiet_transformers():
             tokenizer = build_tokenizer(own_tokenizer_options(args))
-        encode, vocab_size = tokenizer.encode, tokenizer.vocab_size
+        encode, vocab_size = tokenizer.encode, vocab_size or tokenizer.vocab_size
     except (ValueError, OSError) as error:
-        reason = str(error)
+        reason, vocab_size = str(error), vocab_size or getattr(args, "vocab_size", None)
     name = f"{checkpoint.folder} (Megatron, {getattr(args, 'architecture', PLAIN)})"
     longest = args.max_position_embeddings
     return _Side(name, args.padded_vocab_size, vocab_size, longest, load, encode, reason)

@@ -1,7 +1,7 @@
 """Turns a Hugging Face folder into a Megatron checkpoint that a training run starts from.
 
-Takes what to-hf writes, and dense Llama and Qwen3 models. One CPU process, no process group; one
-tensor at a time in memory.
+Takes what to-hf writes, and dense Llama, Mistral, Qwen2 and Qwen3 models. One CPU process, no
+process group; one tensor at a time in memory.
 """
 
 import math
@@ -26,10 +26,14 @@ from megatron_satformer.checkpoint.dtypes import DTYPES, NAMES, check_dtype
 from megatron_satformer.checkpoint.hugging_face.accepted import (
     check_tensors,
     model_shapes,
+    parse_config,
     read_model,
 )
 from megatron_satformer.checkpoint.hugging_face.folder import HFFolder, open_hf_folder
 from megatron_satformer.checkpoint.hugging_face.loading import has_tokenizer
+from megatron_satformer.checkpoint.hugging_face.origin import Origin, read_origin
+from megatron_satformer.checkpoint.hugging_face.tokenizer import build_transformers_tokenizer
+from megatron_satformer.checkpoint.hugging_face.tokenizer_source import detect_tokenizer
 from megatron_satformer.checkpoint.megatron.args import (
     build_args,
     pad_vocab_size,
@@ -133,12 +137,15 @@ def import_from_hf(
     config = model.config
     folder = check_tensors(folder, config, model.adds)
     kind = _find_dtype(folder, dtype)
+    origin = read_origin(folder, parse_config(folder.config, load), _load_tokenizer(load))
     padded = pad_vocab_size(
         config.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
     )
     pieces = list(_plan(folder, config, DTYPES[kind], padded))
     size = sum(piece.bytes for piece in pieces)
     args = build_args(config, DTYPES[kind], padded, load if has_tokenizer(load) else None)
+    origin.put_into(args)
+    print(origin, *_compare_sizes(origin), sep="\n", flush=True)
     with written_atomically(save) as partial_folder:
         _check_save(save, overwrite)  # now that no other process can make it
         check_space(partial_folder, size)
@@ -167,6 +174,26 @@ def _check_save(save: Path, overwrite: bool) -> None:
             f"save ({save}) holds more than an earlier import ({', '.join(others[:4])}), so it is "
             "not overwritten. Choose another."
         )
+
+
+def _load_tokenizer(load: Path) -> Any:
+    """As to-hf will have it; None where there is none, or none that loads: training says why."""
+    if not has_tokenizer(load):
+        return None
+    try:
+        return build_transformers_tokenizer(detect_tokenizer(load))
+    except Exception:  # a tokenizer's files may raise anything
+        return None
+
+
+def _compare_sizes(origin: Origin) -> list[str]:
+    entries = (origin.tokenizer or (0,))[0] or 0
+    if entries <= origin.vocab_size:
+        return []
+    return [
+        f"NOTE: the tokenizer has {entries} entries and the model {origin.vocab_size}, which it "
+        "keeps: ids from there on are none of its own."
+    ]
 
 
 def _find_dtype(folder: HFFolder, given: str | None) -> str:

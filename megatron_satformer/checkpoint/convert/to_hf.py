@@ -4,10 +4,10 @@ One CPU process, no process group. Weights go from file to file tensor by tensor
 does not grow with the model; --verify alone loads it.
 """
 
+import json
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,23 @@ from megatron_satformer.checkpoint.hugging_face.code import (
     model_shapes,
     write_code,
 )
-from megatron_satformer.checkpoint.hugging_face.folder import CONFIG
-from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
+from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, GENERATION_CONFIG
+from megatron_satformer.checkpoint.hugging_face.origin import Origin, find_origin
+from megatron_satformer.checkpoint.hugging_face.plain_classes import IDS, STOCK, build_stock_config
 from megatron_satformer.checkpoint.hugging_face.shards import ShardWriter, parse_shard_size
 from megatron_satformer.checkpoint.hugging_face.tokenizer import (
     build_transformers_tokenizer,
     check_same_ids,
     load_tokenizer,
+    save_tokenizer,
 )
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import find_tokenizer
 from megatron_satformer.checkpoint.megatron.reader import MegatronCheckpoint, open_checkpoint
+from megatron_satformer.checkpoint.megatron.vocabulary import find_vocabulary
 from megatron_satformer.checkpoint.tensor_names import check_tensor_names
-from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.output_folder import check_space, check_target, written_atomically
 from megatron_satformer.model.architectures import PLAIN
-
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class Plan:
         dtype: One of DTYPES.
         options: Flags of the tokenizer, or None to export without.
         tokens: The tokenizer that they make.
+        origin: What the folder said that the model was imported from, if it was.
     """
 
     config: Any
@@ -159,6 +160,12 @@ class Plan:
     dtype: str
     options: TokenizerOptions | None
     tokens: Any
+    origin: Origin | None
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether the ids of bos, eos and pad are those of the folder imported."""
+        return self.origin is not None and self.origin.has_tokenizer(self.tokens)
 
 
 def build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str | None) -> Plan:
@@ -176,14 +183,20 @@ def build_plan(checkpoint: MegatronCheckpoint, dtype: str | None, tokenizer: str
     dtype = choose_dtype(args, dtype)
     check_exportable(args)
     options = find_tokenizer(args, tokenizer)
-    tokens, ids = _build_tokenizer(checkpoint, options)
-    config = build_hf_config(args, ids.pop("vocab_size"))
-    for name, value in ids.items():
+    tokens, origin = None, find_origin(args)
+    if options is not None:
+        tokens = build_transformers_tokenizer(options, getattr(args, "chat_template", None))
+    stored = checkpoint.tensors.get(EMBEDDING.megatron)
+    if stored is None:
+        raise ValueError(f"{checkpoint.folder} does not fit its own args: it has no embedding.")
+    vocabulary = find_vocabulary(args, stored.size[0], None if tokens is None else len(tokens))
+    config = build_hf_config(args, vocabulary.size)
+    for name, value in _find_ids(tokens, origin, vocabulary.end).items():
         setattr(config, name, value)
-    stock = build_stock_config(config)
+    stock = build_stock_config(config, None if origin is None else origin.model_type)
     _check_names(checkpoint, config)
     shapes = _build_shapes(config, DTYPES[dtype])
-    return Plan(config, stock, shapes, dtype, options, tokens)
+    return Plan(config, stock, shapes, dtype, options, tokens, origin)
 
 
 def read_state_dict(
@@ -225,49 +238,21 @@ def _check_names(checkpoint: MegatronCheckpoint, config: Any) -> None:
     check_tensor_names(stored, expected, f"{checkpoint.folder} does not fit its own args")
 
 
-def _build_tokenizer(
-    checkpoint: MegatronCheckpoint, options: TokenizerOptions | None
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the tokenizer, if any, and vocab_size and the ids of bos, eos and pad."""
-    args, stored = checkpoint.args, checkpoint.tensors.get(EMBEDDING.megatron)
-    if stored is None:
-        raise ValueError(f"{checkpoint.folder} does not fit its own args: it has no embedding.")
-    rows = stored.size[0]
-    tokens, ids = None, dict.fromkeys(IDS)
-    if options is not None:
-        tokens = build_transformers_tokenizer(options, getattr(args, "chat_template", None))
-        # an import may have more rows than its tokenizer has entries
-        size = max(len(tokens), min(getattr(args, "vocab_size", None) or 0, rows))
-        ids = {name: getattr(tokens, name) for name in ids}
-        what = f"tokenizer ({options.tokenizer_model or options.vocab_file})"
-    else:
-        size, ids["eos_token_id"] = _sizes_alone(args, rows)
-        what = "vocab_size of the checkpoint"
-    if size > rows:
-        raise ValueError(
-            f"{what} has {size} entries, the checkpoint's embedding only {rows}: it is not the one "
-            "that the model was trained with."
-        )
-    return tokens, {"vocab_size": size, **ids}
-
-
-def _sizes_alone(args: Namespace, rows: int) -> tuple[int, int | None]:
-    """Returns vocabulary size and end of document of an export without tokenizer."""
-    if (args.tokenizer_type or "").startswith("Null"):
-        eod = getattr(args, "null_tokenizer_eod_id", None)
-        return args.vocab_size, args.vocab_size - 1 if eod is None else eod
-    try:
-        options = find_tokenizer(args, None)
-        assert options is not None
-        reference = build_tokenizer(options)
-    except ValueError:
+def _find_ids(tokens: Any, origin: Origin | None, end: int | None) -> dict[str, Any]:
+    """The ids of bos, eos and pad: the imported folder's, else the tokenizer's."""
+    if origin is not None and origin.has_tokenizer(tokens):
+        return {name: origin.config[name] for name in IDS}
+    if tokens is None:
+        return dict.fromkeys(IDS) | {"eos_token_id": end}
+    ids = {name: getattr(tokens, name) for name in IDS}
+    if origin is not None:
+        told = {name: value for name, value in origin.config.items() if name in IDS}
         print(
-            f"note: the training tokenizer is not here to say how many of the {rows} rows of the "
-            "embedding are padding: all are kept.",
+            f"note: the tokenizer is not that of the folder imported, so the special ids are its "
+            f"own ({ids}) and not that folder's ({told}).",
             file=sys.stderr,
         )
-        return rows, None
-    return reference.vocab_size, reference.eod
+    return ids
 
 
 def model_class_name(config: Any, stock: Any | None) -> str:
@@ -279,7 +264,7 @@ def model_class_name(config: Any, stock: Any | None) -> str:
     """
     if stock is None:
         return str(model_class(config.architecture).__name__)
-    return "Qwen3ForCausalLM" if stock.model_type == "qwen3" else "LlamaForCausalLM"
+    return STOCK[stock.model_type].name
 
 
 def _build_shapes(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -318,27 +303,44 @@ def _write_config_and_tokenizer(plan: Plan, folder: Path) -> Any:
     if plan.stock is not None:
         # readers from before transformers 5 look for it here, and else take a default in silence
         written.rope_theta = written.rope_parameters["rope_theta"]
-    write_config(written, plan.config, folder)
+    write_config(written, plan.config, folder, plan.origin, plan.keeps_ids)
     if plan.options is None:
         return None
-    plan.tokens.save_pretrained(folder)
+    save_tokenizer(plan.tokens, folder)
     tokens = load_tokenizer(folder, written)
     check_same_ids(tokens, plan.options)
     return tokens
 
 
-def write_config(config: Any, ids: Any, folder: Path) -> None:
+def write_config(
+    config: Any, ids: Any, folder: Path, origin: Origin | None = None, with_ids: bool = True
+) -> None:
     """Writes config.json, generation_config.json, and the code that our own class needs.
 
     Args:
         config: Of the model.
         ids: Has the ids of bos, eos and pad that texts are made with.
         folder: Where.
+        origin: What the folder said that the model was imported from, if it was.
+        with_ids: Whether the ids that it said are those of the model still.
     """
-    from transformers import GenerationConfig
+    import transformers
 
     if isinstance(config, config_class(PLAIN)):  # which all of ours subclass
         config.auto_map = build_auto_map(config.architecture)
         write_code(config.architecture, folder)
     config.to_json_file(folder / CONFIG)
-    GenerationConfig(**{name: getattr(ids, name) for name in IDS}).save_pretrained(folder)
+    special = {name: getattr(ids, name) for name in IDS}
+    transformers.GenerationConfig(**special).save_pretrained(folder)
+    if origin is None:
+        return
+    _rewrite(folder / CONFIG, lambda content: origin.complete(content, with_ids))
+    if origin.generation is not None:
+        said = origin.generation | ({} if with_ids else special)
+        version = {"transformers_version": transformers.__version__}
+        _rewrite(folder / GENERATION_CONFIG, lambda _: said | version)
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

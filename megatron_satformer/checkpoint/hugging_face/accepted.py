@@ -1,6 +1,7 @@
 """Which Hugging Face models are one of ours, and as which; what is not computed exactly is refused.
 
-Fields are those of transformers' Llama and Qwen3 configurations and of our own.
+Fields are those of the configurations of STOCK in transformers and of our own. One that those do
+not have, but that means another computation wherever it is known, is refused too.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from megatron_satformer.checkpoint.hugging_face.code import config_class, model_shapes
 from megatron_satformer.checkpoint.hugging_face.folder import CONFIG, HFFolder
-from megatron_satformer.checkpoint.hugging_face.plain_classes import SHAPE_FIELDS
+from megatron_satformer.checkpoint.hugging_face.plain_classes import IDS, SHAPE_FIELDS, STOCK
 from megatron_satformer.model.architectures import (
     PLAIN,
     TABLE,
@@ -19,8 +20,6 @@ from megatron_satformer.model.architectures import (
 )
 from megatron_satformer.unsupported import Place, Row, Table, refuse_unsupported
 
-# model_type -> whether its queries and keys are normalised
-STOCK = {"llama": False, "qwen3": True}
 # model_type of every export before each architecture had a class of its own
 FORMER = "satformer"
 IMPORT = Place(
@@ -29,12 +28,18 @@ IMPORT = Place(
 REQUIRED: Table = {
     (IMPORT,): (
         Row("hidden_act", allowed=("silu", "swish")),
-        Row("mlp_bias use_sliding_window", allowed=(False,)),
-        Row("quantization_config", allowed=(None,)),
+        Row("mlp_bias use_sliding_window use_qk_norm qk_layernorm", allowed=(False, None)),
+        Row("parallel_attn use_parallel_residual alibi", allowed=(False, None)),
+        Row("quantization_config sliding_window attention_chunk_size", allowed=(None,)),
+        Row("no_rope_layers no_rope_layer_interval", allowed=(None, [])),
+        Row("clip_qkv attn_logit_softcapping final_logit_softcapping", allowed=(None,)),
+        Row("attention_multiplier query_pre_attn_scalar logit_scale", allowed=(None,)),
+        Row("residual_multiplier embedding_multiplier logits_scaling", allowed=(1.0, None)),
+        Row("num_experts num_local_experts n_routed_experts", allowed=(None, 0)),
     )
 }
 # fields of the same name and meaning
-SHARED = (*SHAPE_FIELDS, "attention_bias", "pad_token_id")
+SHARED = (*SHAPE_FIELDS, *IDS)
 _UNSAID = (None, False)
 
 
@@ -94,7 +99,7 @@ def read_model(
 
 
 def read_config(folder: HFFolder) -> Any:
-    """Reads config.json of one of our folders, or of a Llama or Qwen3 as a plain Transformer.
+    """Reads config.json of one of our folders, or of one of STOCK as a plain Transformer.
 
     Raises:
         ValueError: Names the first field that our classes do not compute exactly.
@@ -103,10 +108,14 @@ def read_config(folder: HFFolder) -> Any:
     _check_exact(folder, theirs)
     if theirs.model_type not in STOCK:
         return theirs
+    stock = STOCK[theirs.model_type]
     return config_class(PLAIN)(
-        **{name: getattr(theirs, name) for name in SHARED},
+        **{name: getattr(theirs, name) for name in SHAPE_FIELDS if name != "head_dim"},
+        head_dim=getattr(theirs, "head_dim", None),  # Qwen2's class may have none
+        **{name: getattr(theirs, name) for name in IDS},
+        attention_bias=getattr(theirs, "attention_bias", stock.qkv_bias),
         rope_parameters=dict(theirs.rope_parameters),
-        qk_norm=STOCK[theirs.model_type],
+        qk_norm=stock.qk_norm,
     )
 
 
@@ -166,8 +175,8 @@ def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
     ours = {config_class(name).model_type: name for name in TABLE}
     if kind not in ours and kind not in STOCK:
         raise ValueError(
-            f"model_type ({kind}) of {folder} must be {', '.join(ours)}, "
-            f"{' or '.join(STOCK)}: no other is computed exactly."
+            f"model_type ({kind}) of {folder} must be {', '.join(ours)}, {', '.join(STOCK)}: no "
+            "other is computed exactly."
         )
     values = dict(content)
     if kind in STOCK:
@@ -185,6 +194,13 @@ def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
 
 
 def _check_exact(folder: HFFolder, theirs: Any) -> None:
+    if theirs.model_type in STOCK and "AutoModelForCausalLM" in folder.config.get("auto_map", {}):
+        code = folder.config["auto_map"]["AutoModelForCausalLM"]
+        raise ValueError(
+            f"auto_map ({code}) of {folder.path} must be left out: the folder's own code may "
+            f"compute something else than transformers' {theirs.model_type}. If it does not, take "
+            "it out of config.json."
+        )
     refuse_unsupported(theirs, IMPORT, REQUIRED, path=folder.path)
     layers = set(getattr(theirs, "layer_types", None) or ()) - {"full_attention"}
     if layers:
@@ -245,7 +261,8 @@ def _start_as(
                 "what that adds to a Transformer is zero here."
             )
     given = {**architecture.model_options, **architecture.start_options, **options}
-    theirs = {name: getattr(config, name) for name in (*SHARED, "rope_parameters", "qk_norm")}
+    names = (*SHARED, "attention_bias", "rope_parameters", "qk_norm")
+    theirs = {name: getattr(config, name) for name in names}
     started = config_class(architecture.name)(**theirs, **given)
     why = architecture.zero_start(started)
     if why is not None:

@@ -21,6 +21,7 @@ from megatron_satformer.checkpoint.hugging_face.weights import Stored, list_weig
 from megatron_satformer.checkpoint.tensor_names import check_tensor_names, list_problems
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 # What belongs to a tokenizer, whatever its kind: carried along as it is.
 TOKENIZER = (
     "tokenizer.json",

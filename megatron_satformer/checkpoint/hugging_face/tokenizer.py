@@ -6,6 +6,7 @@ SentencePiece, strings such as "</s>" in the text are text, and nothing is added
 export is checked on thousands of texts; a tokenizer that cannot be carried over exactly is refused.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ from megatron_satformer.data.tokenizers.tiktoken_tokenizer import PATTERNS, TikT
 
 # of a large vocabulary, so many pieces make the random texts
 PIECES = 4000
+# transformers 4 knows this class, and 5 takes it for its own TokenizersBackend
+CLASS = "PreTrainedTokenizerFast"
+# how a tokenizer was loaded here, which is nobody else's business
+_TRACES = (
+    *("is_local", "local_files_only", "trust_remote_code", "fix_mistral_regex", "name_or_path"),
+    *("tokenizer_file", "special_tokens_map_file", "cache_dir", "token", "revision", "subfolder"),
+)
 
 
 def load_tokenizer(folder: Path, config: Any = None) -> Any:
@@ -50,6 +58,29 @@ def load_tokenizer(folder: Path, config: Any = None) -> Any:
     return AutoTokenizer.from_pretrained(
         folder, config=config, local_files_only=True, trust_remote_code=False
     )
+
+
+def save_tokenizer(tokens: Any, folder: Path) -> None:
+    """Writes a tokenizer's files so that transformers 4.57 reads them, too, as they are.
+
+    Args:
+        tokens: From `build_transformers_tokenizer`.
+        folder: Where.
+    """
+    tokens.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content = {k: v for k, v in content.items() if k not in _TRACES and not k.startswith("_")}
+    if (folder / "tokenizer.json").is_file():
+        content["tokenizer_class"] = CLASS
+        # else that class has token_type_ids in transformers 4, which generate() refuses
+        content.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        content.pop("backend", None)
+    if isinstance(content.get("extra_special_tokens"), list):
+        # its name in transformers 4, where the new one is a dictionary; 5 reads both
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def build_transformers_tokenizer(

@@ -96,6 +96,7 @@ def build_args(
         fp16=dtype == torch.float16,
         params_dtype=dtype,
         vocab_size=config.vocab_size,
+        model_vocab_size=config.vocab_size,
         padded_vocab_size=padded_vocab_size,
         tokenizer_type="NullTokenizer" if tokenizer is None else "HuggingFaceTokenizer",
         tokenizer_model=None if tokenizer is None else str(tokenizer.resolve()),

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_satformer.checkpoint.hugging_face.origin import find_origin
 from megatron_satformer.checkpoint.megatron.reader import TRACKER, open_checkpoint
+from megatron_satformer.checkpoint.megatron.vocabulary import known_size, record_vocabulary
 from megatron_satformer.model.architectures import PLAIN, find_architecture
 
 # What a Transformer computes, and under which other name older releases of Megatron saved it.
@@ -96,11 +98,14 @@ def starts_from_transformer(args: Namespace) -> bool:
     return source is not None and source.weights_only
 
 
-def check_resume(args: Namespace) -> None:
+def check_resume(args: Namespace) -> Namespace | None:
     """Refuse a checkpoint that does not fit the options.
 
     Args:
         args: Megatron's validated arguments.
+
+    Returns:
+        The arguments of the checkpoint; None where there is none of format torch_dist.
 
     Raises:
         ValueError: naming the option, its value, and the way out.
@@ -110,17 +115,32 @@ def check_resume(args: Namespace) -> None:
     if args.from_transformer:
         _check_from_transformer(args, source)
     if source is None or args.ckpt_format != "torch_dist":
-        return
+        return None
     saved = open_checkpoint(source.folder, args.ckpt_step).args
     if starts_from_transformer(args):
         _check_same_transformer(args, saved, source)
         _check_vocabulary(args, saved, source)
-        return
+        return saved
     _check_same_model(args, saved, source)
     if not source.weights_only:
         _check_vocabulary(args, saved, source)
+    _check_no_row_is_lost(args, saved, source)
     if not (source.weights_only or args.no_load_optim or getattr(saved, "no_save_optim", False)):
         _check_optimizer(args, saved, source)
+    return saved
+
+
+def hand_on(args: Namespace, saved: Namespace | None, entries: int) -> None:
+    """Puts into a run's arguments, and so its checkpoints, what Megatron has no option for.
+
+    Args:
+        args: Megatron's validated arguments.
+        saved: From `check_resume`.
+        entries: Of the run's tokenizer.
+    """
+    record_vocabulary(args, saved, entries)
+    if saved is not None and (origin := find_origin(saved)) is not None:
+        origin.put_into(args)
 
 
 def _check_from_transformer(args: Namespace, source: Source | None) -> None:
@@ -193,6 +213,16 @@ def _check_vocabulary(args: Namespace, saved: Namespace, source: Source) -> None
             "padding, by default to a multiple of --make-vocab-size-divisible-by times the "
             "tensor-parallel size, counts in the loss, and Megatron would fill or cut it. Add "
             f"--padded-vocab-size {theirs}."
+        )
+
+
+def _check_no_row_is_lost(args: Namespace, saved: Namespace, source: Source) -> None:
+    mine, theirs = args.padded_vocab_size, known_size(saved)
+    if theirs is not None and mine < theirs:
+        raise ValueError(
+            f"padded_vocab_size ({mine}) must be at least the vocabulary of {source}, which is "
+            f"({theirs}): Megatron would cut off rows of its embedding. Add --padded-vocab-size "
+            f"{getattr(saved, 'padded_vocab_size', theirs)}."
         )
 
 
