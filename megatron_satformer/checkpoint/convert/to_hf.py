@@ -335,7 +335,9 @@ def write_config(
     if origin is None:
         return
     _rewrite(folder / CONFIG, lambda content: origin.complete(content, with_ids))
-    if origin.generation is not None:
+    if origin.generation is None:
+        (folder / GENERATION_CONFIG).unlink()  # transformers takes it from config.json then
+    else:
         said = origin.generation | ({} if with_ids else special)
         version = {"transformers_version": transformers.__version__}
         _rewrite(folder / GENERATION_CONFIG, lambda _: said | version)

@@ -28,7 +28,10 @@ IMPORT = Place(
 REQUIRED: Table = {
     (IMPORT,): (
         Row("hidden_act", allowed=("silu", "swish")),
-        Row("mlp_bias use_sliding_window use_qk_norm qk_layernorm", allowed=(False, None)),
+        Row(
+            "mlp_bias use_sliding_window use_qk_norm qk_layernorm rope_interleaved",
+            allowed=(False, None),
+        ),
         Row("parallel_attn use_parallel_residual alibi", allowed=(False, None)),
         Row("quantization_config sliding_window attention_chunk_size", allowed=(None,)),
         Row("no_rope_layers no_rope_layer_interval", allowed=(None, [])),
