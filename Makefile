@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 OLDEST := .venv/oldest-transformers-5.4.0
+FORMER := .venv/former-transformers-4.57.6
 SAMPLES ?= 50
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
 
@@ -36,14 +37,17 @@ test: install ## the tests without those marked slow
 test-all: install ## the whole test suite, as continuous integration runs it
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
-test-oldest: install $(OLDEST) ## the exported modelling code under the oldest transformers that it supports
+test-oldest: install $(OLDEST) $(FORMER) ## exports under the oldest transformers that read them
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/checkpoint/exported/test_modeling_decoder.py $(ARGS)
+	TRANSFORMERS_4=$(CURDIR)/$(FORMER) $(BIN)/python -m pytest -m "" \
+		tests/checkpoint/hugging_face/test_plain_classes.py -k transformers_4
 
-$(OLDEST): | install
+$(OLDEST) $(FORMER): | install
 	rm -rf $@ $@.new
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.new \
-		transformers==5.4.0 huggingface_hub==1.33.0 tokenizers==0.22.2
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.new $(PACKAGES)
 	mv $@.new $@
+$(OLDEST): PACKAGES := transformers==5.4.0 huggingface_hub==1.33.0 tokenizers==0.22.2
+$(FORMER): PACKAGES := transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.2
 
 parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
 	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)
