@@ -13,7 +13,6 @@ WIDER = {
     "checkpoint/megatron/test_resharding.py": "checkpoints that move between layouts",
     "checkpoint/test_older_versions.py": "what earlier versions saved",
     "data/preprocess/test_resume.py": "preprocessing killed anywhere",
-    "examples/test_evaluate.py": "examples/evaluate/",
     "examples/test_scripts.py": "examples/pretrain/ and examples/slurm/",
     "model/architectures/test_table.py": "every architecture of the table",
     "model/test_moe.py": "experts beside every architecture",

@@ -1,4 +1,4 @@
-"""examples/evaluate: the commands that it runs, and the figures of the real lm_eval."""
+"""tools/evaluate.py and examples/evaluate: what they run, and the figures of the real lm_eval."""
 
 import json
 import math
@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkpoint.hugging_face.test_tokenizer import (
+    byte_level,  # noqa: F401
+    export_tokenizer,
+    write_model,
+)
+
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = ROOT / "examples/evaluate"
 BIN = Path(sys.executable).parent
+TASKS = ("perplexity", "last_word", "ending", "recall")
 SUITES = {
     "1_zero_shot.sh": {
         *("wikitext", "lambada_openai", "piqa", "hellaswag", "winogrande"),
@@ -37,37 +44,30 @@ def run_script(script, *flags, path=BIN, **environment):
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory):
-    """A PATH entry whose lm_eval only prints its arguments, one a line."""
+    """A PATH entry whose python3 only prints its arguments, one a line."""
     path = tmp_path_factory.mktemp("bin")
-    (path / "lm_eval").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
-    (path / "lm_eval").chmod(0o755)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """What looks like an exported folder to the scripts."""
-    path = tmp_path / "a model, exported"
-    path.mkdir()
-    (path / "config.json").write_text('{"eos_token_id": [7, 8]}')
-    (path / "tokenizer_config.json").write_text("{}")
+    (path / "python3").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    (path / "python3").chmod(0o755)
     return path
 
 
 @pytest.mark.parametrize("script", SUITES)
-def test_online_suites(recorder, folder, script):
-    result = run_script(script, "--limit", "5", path=recorder, HF_MODEL=str(folder))
+def test_online_suites(recorder, script):
+    environment = {"HF_MODEL": "a model, exported", "DEVICE": "cpu", "PREFIX_TOKEN_ID": "7"}
+    result = run_script(script, "--limit", "5", path=recorder, **environment)
     assert result.returncode == 0, result.stderr
-    words = result.stdout.splitlines()
-    flags = {flag: words[n + 1] for n, flag in enumerate(words[:-1]) if flag.startswith("--")}
-    assert words[0] == "run"
-    assert set(flags["--tasks"].split(",")) == SUITES[script]
-    assert flags["--limit"] == "5"
-    assert json.loads(flags["--model_args"]) == {
-        "pretrained": str(folder),
-        "trust_remote_code": True,
-        "dtype": "auto",
-        "prefix_token_id": 7,
+    tool, *words = result.stdout.splitlines()
+    assert Path(tool).resolve() == ROOT / "tools/evaluate.py"
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert set(flags.pop("--tasks").split(",")) == SUITES[script]
+    assert flags == {
+        "--model": "a model, exported",
+        "--save": "results",
+        "--batch-size": "8",
+        "--dtype": "auto",
+        "--device": "cpu",
+        "--prefix-token-id": "7",
+        "--limit": "5",
     }
 
 
@@ -79,33 +79,25 @@ def test_lm_eval_has_the_tasks():
     assert set().union(*SUITES.values()) <= known
 
 
-def test_mistakes(recorder, folder, tmp_path):
-    for environment, words in (
-        ({}, "HF_MODEL must be set"),
-        ({"HF_MODEL": str(tmp_path)}, "it has no config.json"),
-    ):
-        result = run_script("1_zero_shot.sh", path=recorder, **environment)
-        assert (result.returncode, words in result.stderr) == (2, True), result.stderr
-    result = run_script("3_offline.sh", path=recorder, HF_MODEL=str(folder))
+def test_mistakes(recorder, tmp_path):
+    result = run_script("1_zero_shot.sh", path=recorder)
+    assert (result.returncode, "HF_MODEL must be set" in result.stderr) == (2, True)
+    result = run_script("3_offline.sh", path=recorder, HF_MODEL=str(tmp_path))
     assert (result.returncode, "TASKS must be set" in result.stderr) == (2, True)
-    (folder / "config.json").write_text('{"eos_token_id": null}')
-    result = run_script("1_zero_shot.sh", path=recorder, HF_MODEL=str(folder))
-    assert "PREFIX_TOKEN_ID" in result.stderr
-    assert result.returncode != 0
-    (folder / "tokenizer_config.json").unlink()
-    result = run_script("1_zero_shot.sh", path=recorder, HF_MODEL=str(folder))
-    assert "no tokenizer" in result.stderr
 
 
 @pytest.mark.slow
-def test_figures_of_lm_eval(tmp_path):
-    """The real command, offline: its figures are those of the model's own log-probabilities."""
+@pytest.mark.parametrize("template", [False, True], ids=["SentencePiece", "a template adds <s>"])
+def test_figures_of_lm_eval(tmp_path, byte_level, template):  # noqa: F811
+    """The real command, offline: its figures are those of the model's own log-probabilities.
+
+    In a folder whose path is longer than a file's name may be.
+    """
     from transformers import AutoTokenizer
 
     from megatron_satformer.analysis.local_tasks import build_local_tasks
     from megatron_satformer.checkpoint.exported.configuration_satformer import SATFormerConfig
     from megatron_satformer.checkpoint.exported.modeling_satformer import SATFormerForCausalLM
-    from tests.checkpoint.hugging_face.test_tokenizer import export_tokenizer, write_model
     from tests.texts import source_texts, write_lines
 
     torch.manual_seed(0)
@@ -121,9 +113,14 @@ def test_figures_of_lm_eval(tmp_path):
         eos_token_id=2,
     )
     model = SATFormerForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "hf")
-    export_tokenizer(write_model(tmp_path / "tokenizer.model"), tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    folder = tmp_path.joinpath(*(letter * 120 for letter in "abc"))
+    model.save_pretrained(folder)
+    source = byte_level if template else write_model(tmp_path / "tokenizer.model")
+    export_tokenizer(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    adds = tokenizer("").input_ids
+    prefix = adds if template else [2]
+    assert adds == [1] * template
     text = source_texts()[0]
     documents = [{"text": text[n * 900 : n * 900 + 900]} for n in range(30)]
     corpus = write_lines(tmp_path / "corpus.jsonl", documents)
@@ -133,22 +130,25 @@ def test_figures_of_lm_eval(tmp_path):
     home = str(tmp_path / "home")
     result = run_script(
         "3_offline.sh",
-        HF_MODEL=str(tmp_path / "hf"),
+        HF_MODEL=str(folder),
         TASKS=str(tmp_path / "tasks"),
         RESULTS=str(tmp_path / "results"),
         HF_HOME=home,
         DEVICE="cpu",
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    (file,) = (tmp_path / "results").rglob("results_*.json")
+    told = "the token before a text is " + ("1 (<s>)" if template else "2 (</s>)")
+    assert result.stdout.count(told) == 2
+    (file,) = (tmp_path / "results").glob("results_*.json")
+    assert len([*(tmp_path / "results").iterdir()]) == 1 + len(TASKS)
     figures = json.loads(file.read_text())["results"]
 
     def log_probabilities(context: str, continuation: str) -> tuple[torch.Tensor, bool]:
         """Of the continuation's tokens, and whether each is the likeliest."""
-        # lm_eval puts the end-of-document token before a text alone, and nothing before a context
-        before = tokenizer.encode(context) if context else [2]
-        whole = tokenizer.encode(context + continuation)
-        ids = torch.tensor(whole if context else [2, *whole])
+        # a text alone follows one token and no more, a context what the template puts before it
+        before = tokenizer.encode(context) if context else prefix
+        whole = tokenizer.encode(context + continuation, add_special_tokens=False)
+        ids = torch.tensor([*(adds if context else prefix), *whole])
         with torch.no_grad():
             logits = model(ids[None, :-1]).logits[0, len(before) - 1 :].log_softmax(-1)
         target = ids[len(before) :]
