@@ -79,8 +79,8 @@ def _add_from_hf(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "from-hf",
         help="A Hugging Face folder to a Megatron checkpoint.",
-        description="Turns an exported folder, or a Llama or Qwen3 model, into a checkpoint that "
-        "pretrain_satformer.py --load --finetune continues at any layout.",
+        description="Turns an exported folder, or a Llama, Mistral, Qwen2 or Qwen3, into a "
+        "checkpoint that pretrain_satformer.py --load --finetune continues at any layout.",
     )
     _add_load_and_save(command, "Folder with config.json and safetensors.")
     command.add_argument(
