@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Those about more than one file, and what they are about.
 WIDER = {
     "checkpoint/convert/test_trained.py": "exports of runs in every layout",
+    "checkpoint/exported/test_conventions.py": "exported models as transformers' own",
     "checkpoint/exported/test_tools.py": "exported models under accelerate, PEFT and the like",
+    "checkpoint/exported/test_transformers_suite.py": "the tests that transformers ships",
     "checkpoint/megatron/test_from_transformer.py": "--from-transformer through training itself",
     "checkpoint/megatron/test_resharding.py": "checkpoints that move between layouts",
     "checkpoint/test_older_versions.py": "what earlier versions saved",

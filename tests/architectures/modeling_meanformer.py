@@ -4,11 +4,13 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from megatron_satformer.checkpoint.exported.configuration_decoder import DecoderConfig
 from megatron_satformer.checkpoint.exported.modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
+    DecoderForSequenceClassification,
     DecoderLayer,
     DecoderModel,
     DecoderPreTrainedModel,
@@ -33,11 +35,11 @@ class MeanFormerAttention(DecoderAttention):
             self.beta = nn.Parameter(torch.full((1,), 0.3))
 
     def mix(self, hidden_states, k, v, carried):
-        embedding, *values = carried
+        embedding, *values = self.expect(carried, 1 + self.layer_idx)
         mixed = v
         if values:
             mean = torch.stack(values).mean(0)
-            mixed = (v + self.config.mean_scale * self.beta * mean).to(v.dtype)
+            mixed = (v + self.config.mean_scale * self.beta.float() * mean).to(v.dtype)
         return k, mixed, (embedding, *values, v), None
 
 
@@ -51,17 +53,23 @@ class MeanFormerLayer(DecoderLayer):
 
     def forward(self, hidden_states, *carried, **kwargs):
         if carried:
-            added = (hidden_states + self.skip * carried[0]).to(hidden_states.dtype)
+            added = (hidden_states + self.skip.float() * carried[0]).to(hidden_states.dtype)
             return super().forward(added, *carried, **kwargs)
         return super().forward(hidden_states, hidden_states, **kwargs)
 
 
 class MeanFormerPreTrainedModel(DecoderPreTrainedModel):
-    """What both models share."""
+    """What the models share."""
 
     config_class = MeanFormerConfig
     _no_split_modules: ClassVar[list[str]] = ["MeanFormerLayer"]
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"beta", "skip"}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        for name in ("beta", "skip"):
+            if isinstance(weight := getattr(module, name, None), nn.Parameter):
+                init.constant_(weight, 0.3)
 
 
 class MeanFormerModel(MeanFormerPreTrainedModel, DecoderModel):
@@ -73,5 +81,13 @@ class MeanFormerModel(MeanFormerPreTrainedModel, DecoderModel):
 
 class MeanFormerForCausalLM(MeanFormerPreTrainedModel, DecoderForCausalLM):
     """The decoder with its head."""
+
+    model_class = MeanFormerModel
+
+
+class MeanFormerForSequenceClassification(
+    MeanFormerPreTrainedModel, DecoderForSequenceClassification
+):
+    """The decoder with a score per label."""
 
     model_class = MeanFormerModel

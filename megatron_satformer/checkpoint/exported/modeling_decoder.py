@@ -6,6 +6,7 @@ torch and transformers, and its configuration. Needs transformers >= 5.4.
 Shapes: b batch, s sequence, h hidden, np query heads, ng KV heads, hn head dim.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -25,6 +29,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_decoder import DecoderConfig
 
@@ -78,6 +84,20 @@ class DecoderAttention(nn.Module):
             eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=eps)
+
+    def expect(self, carried: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+        """What is carried, for relatives to unpack.
+
+        Raises:
+            ValueError: If it is not `count` tensors: the layer is called alone.
+        """
+        if len(carried) != count:
+            raise ValueError(
+                f"The tensors carried ({len(carried)}) must be {count} for layer {self.layer_idx}, "
+                "which cannot run alone. Call the model, or hand on what the layer before returns "
+                "behind its attention weights: layer(hidden_states, *carried, ...)."
+            )
+        return carried
 
     def mix(
         self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
@@ -170,6 +190,28 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": DecoderLayer,
+        "attentions": OutputRecorder(DecoderAttention, index=2),
+        "gates": OutputRecorder(DecoderAttention, index=1),
+    }
+
+    @classmethod
+    def build_auto_map(cls) -> dict[str, str]:
+        """Auto class -> the class of this one's module that serves its configuration."""
+        module = sys.modules[cls.__module__]
+        served = [cls.config_class, *vars(module).values()]
+        return {
+            c._auto_class: f"{c.__module__.rpartition('.')[2]}.{c.__name__}"
+            for c in served
+            if getattr(c, "_auto_class", None)
+            and cls.config_class in (c, getattr(c, "config_class", None))
+        }
+
+    def save_pretrained(self, save_directory: Any, *args, **kwargs) -> None:
+        """As transformers', which names in `auto_map` the class that is saved, and no other."""
+        self.config.auto_map = self.build_auto_map()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -195,43 +237,37 @@ class DecoderModel(DecoderPreTrainedModel):
         return ()
 
     def finish(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Tensor:
-        """What the last norm gets, [b, s, h]."""
+        """What the last norm gets, [b, s, h].
+
+        Args:
+            hidden_states: Behind the last layer that ran, [b, s, h].
+            carried: Of the same layer, which generation with an early exit lets be any.
+        """
         return hidden_states
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gates: bool | None = None,
         **kwargs,
     ) -> DecoderModelOutputWithPast:
         """Ids [b, s] or embeddings [b, s, h] -> hidden states [b, s, h] after the last norm.
 
         Raises:
-            ValueError: Not exactly one input, attention weights asked of a kernel without them, or
-                a cache given to training with gradient checkpointing.
+            ValueError: Not exactly one input, or a cache given to training with gradient
+                checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
-                raise ValueError("Training with gradient checkpointing reads no past_key_values.")
-            use_cache = False  # the backward pass would fill it a second time
-        output_attentions = output_attentions or self.config.output_attentions
-        output_hidden_states = output_hidden_states or self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions needs attn_implementation 'eager', not "
-                f"{self.config._attn_implementation!r}: model.set_attn_implementation('eager')."
-            )
+        if self.gradient_checkpointing and self.training and past_key_values is not None:
+            # the backward pass would fill it a second time
+            raise ValueError("Training with gradient checkpointing reads no past_key_values.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -240,36 +276,32 @@ class DecoderModel(DecoderPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
             position_ids = positions.unsqueeze(0)
-
-        kwargs["attention_mask"] = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids)
-        kwargs["past_key_values"] = past_key_values
+        if isinstance(attention_mask, dict):  # made beforehand, as models with windows need it
+            mask = attention_mask["full_attention"]
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states, carried = inputs_embeds, self.start()
-        all_hidden, all_weights, all_gates = [], [], []
-        for layer in self.layers:
-            if output_hidden_states:
-                all_hidden.append(hidden_states)
-            hidden_states, gates, weights, *carried = layer(
-                hidden_states, *carried, position_ids=position_ids, **kwargs
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer: assistant_early_exit
+            hidden_states, _, _, *carried = layer(
+                hidden_states,
+                *carried,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
             )
-            if output_attentions:
-                all_weights.append(weights)
-            if output_gates and gates is not None:
-                all_gates.append(gates)
-        hidden_states = self.norm(self.finish(hidden_states, tuple(carried)))
         return DecoderModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=(*all_hidden, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-            gates=tuple(all_gates) if output_gates else None,
+            last_hidden_state=self.norm(self.finish(hidden_states, tuple(carried))),
+            past_key_values=past_key_values if use_cache else None,
         )
 
 
@@ -278,6 +310,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
     model_class: ClassVar[type[DecoderModel]] = DecoderModel
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -291,15 +324,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gates: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> DecoderCausalLMOutputWithPast:
@@ -315,9 +345,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_gates=output_gates,
             return_dict=True,
             **kwargs,
         )
@@ -337,7 +364,27 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
 
 
+class DecoderForSequenceClassification(GenericForSequenceClassification, DecoderPreTrainedModel):
+    """The decoder with a score per label, of the last token that is no padding."""
+
+    model_class: ClassVar[type[DecoderModel]] = DecoderModel
+
+    def __init__(self, config: DecoderConfig) -> None:
+        # not its own, which asks AutoModel for the decoder: that knows none of ours
+        DecoderPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
 DecoderModel.register_for_auto_class("AutoModel")
 DecoderForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+DecoderForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["DecoderForCausalLM", "DecoderModel", "DecoderPreTrainedModel"]
+__all__ = [
+    "DecoderForCausalLM",
+    "DecoderForSequenceClassification",
+    "DecoderModel",
+    "DecoderPreTrainedModel",
+]

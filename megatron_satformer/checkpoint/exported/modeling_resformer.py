@@ -6,12 +6,11 @@ Of the layers n that mix::
     lambda1 = lambda_scale * softmax(lambda_logits)
 
 V' is what attention reads and what the cache holds: the cache is that of a plain Transformer. The
-lambdas stay float32 in a bf16 model: scalars near 1..L lose too much there.
+lambdas have the dtype of the other weights, or FSDP2 could not shard a layer; what is computed from
+them is float32. A file may hold them in float32: loading the model in bf16 rounds them.
 
 Shapes: b batch, s sequence, h hidden, ng KV heads, hn head dim, m mixing layers.
 """
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
     DecoderForCausalLM,
+    DecoderForSequenceClassification,
     DecoderModel,
     DecoderPreTrainedModel,
 )
@@ -36,8 +36,8 @@ class ResFormerValueResidual(nn.Module):
         self.lambda_scale = nn.Parameter(torch.full((1,), float(config.num_hidden_layers)))
 
     def forward(self) -> Tensor:
-        """Returns lambda1 [m]; at init all are L / m."""
-        return self.lambda_scale * self.lambda_logits.softmax(-1)
+        """Returns lambda1 [m] in float32; at init all are L / m."""
+        return self.lambda_scale.float() * self.lambda_logits.float().softmax(-1)
 
 
 class ResFormerAttention(DecoderAttention):
@@ -46,6 +46,7 @@ class ResFormerAttention(DecoderAttention):
     def __init__(self, config: ResFormerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.mixes = layer_idx in config.mixing_layers
+        self.mixing_idx = layer_idx - config.mixing_layers.start
         if self.mixes:
             self.value_lambda2 = nn.Parameter(torch.full((1,), 0.5))
 
@@ -53,25 +54,22 @@ class ResFormerAttention(DecoderAttention):
         self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
         """The equation; carried are lambda1 [m] and, behind layer 1, V1 [b, s, ng, hn]."""
+        if not self.layer_idx:
+            return k, v, (*self.expect(carried, 1), v), None
+        lambda1, v1 = self.expect(carried, 2)
         if not self.mixes:
-            return k, v, carried if len(carried) == 2 else (*carried, v), None
+            return k, v, carried, None
         if self.training and v.size(-2) < self.config.num_key_value_heads:
             # each rank would have its heads' part of the gradient
             raise NotImplementedError(SPLIT_HEADS.format("training a ResFormer"))
-        lambda1, v1 = carried
-        weight = lambda1[self.layer_idx - self.config.mixing_layers.start]
-        return k, (weight * v1 + self.value_lambda2 * v).to(v.dtype), carried, None
+        lambda2 = self.value_lambda2.float()
+        return k, (lambda1[self.mixing_idx] * v1 + lambda2 * v).to(v.dtype), carried, None
 
 
 class ResFormerPreTrainedModel(DecoderPreTrainedModel):
-    """What both models share: initialisation, and what stays float32."""
+    """What the models share: initialisation."""
 
     config_class = ResFormerConfig
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
-        "value_lambda2",
-        "lambda_logits",
-        "lambda_scale",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,7 +102,17 @@ class ResFormerForCausalLM(ResFormerPreTrainedModel, DecoderForCausalLM):
     model_class = ResFormerModel
 
 
-ResFormerModel.register_for_auto_class("AutoModel")
-ResFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class ResFormerForSequenceClassification(
+    ResFormerPreTrainedModel, DecoderForSequenceClassification
+):
+    """ResFormerModel with a score per label."""
 
-__all__ = ["ResFormerForCausalLM", "ResFormerModel", "ResFormerPreTrainedModel"]
+    model_class = ResFormerModel
+
+
+__all__ = [
+    "ResFormerForCausalLM",
+    "ResFormerForSequenceClassification",
+    "ResFormerModel",
+    "ResFormerPreTrainedModel",
+]

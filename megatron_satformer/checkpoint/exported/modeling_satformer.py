@@ -21,6 +21,7 @@ from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
     DecoderForCausalLM,
+    DecoderForSequenceClassification,
     DecoderModel,
 )
 
@@ -51,8 +52,8 @@ class SATFormerAttention(DecoderAttention):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
         """The equation; what is carried is V1 [b, s, ng, hn], the gates are alpha [b, s, ng]."""
         if not self.mixes:
-            return k, v, carried or (v,), None
-        (v1,) = carried
+            return k, v, self.expect(carried, 1) if self.layer_idx else (v,), None
+        (v1,) = self.expect(carried, 1)
         logits, gate = self.value_gate(hidden_states), self.config.value_gate
         if "softmax" in gate and v.size(-2) < self.config.num_key_value_heads:
             raise NotImplementedError(SPLIT_HEADS.format(f"value_gate ({gate})"))
@@ -74,7 +75,11 @@ class SATFormerForCausalLM(DecoderForCausalLM):
     model_class = SATFormerModel
 
 
-SATFormerModel.register_for_auto_class("AutoModel")
-SATFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SATFormerForSequenceClassification(DecoderForSequenceClassification):
+    """SATFormerModel with a score per label."""
 
-__all__ = ["SATFormerForCausalLM", "SATFormerModel"]
+    config_class = SATFormerConfig
+    model_class = SATFormerModel
+
+
+__all__ = ["SATFormerForCausalLM", "SATFormerForSequenceClassification", "SATFormerModel"]

@@ -47,13 +47,7 @@ def model_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 def build_auto_map(architecture: str) -> dict[str, str]:
     """Which classes transformers takes from the files that `write_code` writes."""
-    causal = model_class(architecture)
-    classes = {
-        "AutoConfig": causal.config_class,
-        "AutoModel": causal.model_class,
-        "AutoModelForCausalLM": causal,
-    }
-    return {auto: f"{_leaf(c.__module__)}.{c.__name__}" for auto, c in classes.items()}
+    return model_class(architecture).build_auto_map()
 
 
 def write_code(architecture: str, folder: Path) -> None:

@@ -184,9 +184,6 @@ def test_outputs():
     model.config.return_dict = True
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, out.logits)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="eager"):
-        model(ids, output_attentions=True)
 
 
 def test_attention_is_dispatched():
@@ -259,7 +256,7 @@ def test_gradient_checkpointing(architecture, reentrant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_half_precision(architecture, dtype, tmp_path):
-    """Runs in one dtype throughout and stays near float32; what is fp32 stays so."""
+    """Runs in one dtype throughout and stays near float32."""
     _, model = build_pair(architecture=architecture, scale=0.02)
     model.save_pretrained(tmp_path)
     half = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
@@ -267,9 +264,7 @@ def test_half_precision(architecture, dtype, tmp_path):
     out = half(ids, use_cache=True)
     assert out.logits.dtype == dtype
     assert {layer.values.dtype for layer in out.past_key_values.layers} == {dtype}
-    kept = {n for n, p in half.named_parameters() if p.dtype == torch.float32}
-    own = find_architecture(architecture).all_tensors(model.config)
-    assert kept == {name for _, tensor in own if tensor.fp32 for name in tensor.hf}
+    assert {p.dtype for p in half.parameters()} == {dtype}  # FSDP2 refuses a layer of two
     torch.testing.assert_close(out.logits.float(), model(ids).logits, rtol=0.05, atol=0.05)
 
 
