@@ -6,14 +6,17 @@ torch and transformers, and its configuration. Needs transformers >= 5.4.
 Shapes: b batch, s sequence, h hidden, np query heads, ng KV heads, hn head dim.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -208,10 +211,19 @@ class DecoderPreTrainedModel(PreTrainedModel):
             and cls.config_class in (c, getattr(c, "config_class", None))
         }
 
-    def save_pretrained(self, save_directory: Any, *args, **kwargs) -> None:
-        """As transformers', which names in `auto_map` the class that is saved, and no other."""
-        self.config.auto_map = self.build_auto_map()
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args, **kwargs
+    ) -> None:
+        """As transformers', which names no other class, and saves torch's code where FSDP2 is."""
+        cls = own = type(self)
+        if issubclass(cls, FSDPModule):
+            own = cls.__mro__[2]  # behind the class that was made and FSDPModule
+            cls._auto_class = None
+            if is_main_process and not torch.distributed.get_rank():
+                os.makedirs(save_directory, exist_ok=True)
+                custom_object_save(own.__new__(own), save_directory)
+        self.config.auto_map = own.build_auto_map()
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -237,12 +249,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return ()
 
     def finish(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Tensor:
-        """What the last norm gets, [b, s, h].
-
-        Args:
-            hidden_states: Behind the last layer that ran, [b, s, h].
-            carried: Of the same layer, which generation with an early exit lets be any.
-        """
+        """What the last norm gets, [b, s, h]; with an early exit, behind any layer."""
         return hidden_states
 
     @merge_with_config_defaults
@@ -370,8 +377,8 @@ class DecoderForSequenceClassification(GenericForSequenceClassification, Decoder
     model_class: ClassVar[type[DecoderModel]] = DecoderModel
 
     def __init__(self, config: DecoderConfig) -> None:
-        # not its own, which asks AutoModel for the decoder: that knows none of ours
-        DecoderPreTrainedModel.__init__(self, config)
+        # past its own, which asks AutoModel for the decoder: that knows none of ours
+        super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = self.model_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)

@@ -105,7 +105,7 @@ def build_card(config: Any, args: Namespace, facts: Facts) -> str:
         else " No code comes with the folder.",
         imports="" if facts.tokenizer is None else ", AutoTokenizer",
         use=use.format(trust=", trust_remote_code=True" if facts.own_code else ""),
-        notes=_notes(config, facts.tokenizer),
+        notes=_notes(config, facts),
     )
 
 
@@ -143,8 +143,20 @@ def _about(config: Any, facts: Facts) -> str:
     return f"{about}: transformers' own {facts.model_class} computes it."
 
 
-def _notes(config: Any, tokenizer: Any) -> str:
-    notes = []
+def _notes(config: Any, facts: Facts) -> str:
+    notes, tokenizer = [], facts.tokenizer
+    wide = {
+        name.rpartition(".")[2]
+        for _, tensor in find_architecture(config.architecture).all_tensors(config)
+        for name in tensor.hf
+        if tensor.fp32
+    }
+    if wide and facts.dtype != "fp32":
+        notes.append(
+            f"A model loaded in {facts.dtype} rounds {', '.join(sorted(wide))}, which the folder "
+            "holds in float32; what it computes from them is float32. Load with "
+            "`dtype=torch.float32` to train them: the steps are too small for what is rounded."
+        )
     if tokenizer is not None:
         added = "no special tokens" if not tokenizer("").input_ids else "its special tokens"
         as_text = tokenizer.split_special_tokens and tokenizer.eos_token

@@ -50,7 +50,7 @@ class OwnTensor:
         hf: names of what it holds, below "model.layers.{n - 1}.", or below "model." for n = 0.
         shape: of the whole tensor, without parallelism.
         packing: how it holds them, see `checkpoint/convert/names.py`.
-        fp32: whether it stays float32 where a model is exported or imported in another dtype.
+        fp32: whether it stays float32 in the files of a model in another dtype.
     """
 
     megatron: str

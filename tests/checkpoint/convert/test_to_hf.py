@@ -75,7 +75,7 @@ def test_exact(architecture, options, tmp_path):
     stored = config | config["rope_parameters"]
     assert stored == stored | options
     assert OWN & config.keys() == find_architecture(architecture).model_options.keys()
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["auto_map"] == expected_class.build_auto_map()
     assert config["eos_token_id"] == 59
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "20 steps on 10,240 tokens" in card
@@ -95,13 +95,16 @@ def test_dtype_and_shards(architecture, dtype, tmp_path):
     wide = {part for name in iterate_names(exported.config) if name.fp32 for part in name.hf}
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert exported.dtype == wanted
-    stored = 0
-    for key, tensor in exported.state_dict().items():
+    tensors = {k: t for name in files for k, t in load_file(tmp_path / "hf" / name).items()}
+    for key, tensor in tensors.items():
+        assert torch.equal(exported.state_dict()[key], tensor.to(wanted)), key
         kept = torch.float32 if key in wide else wanted
         assert tensor.dtype == kept, key
         assert torch.equal(tensor, model.state_dict()[key].to(kept)), key
-        stored += tensor.nbytes * (key != "lm_head.weight")
+    stored = sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"]["total_size"] == stored
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("the folder holds in float32" in card) == bool(wide)
     for name in files:  # our writer's bytes are the library's
         again = tmp_path / "again"
         save_file(load_file(tmp_path / "hf" / name), again, metadata={"format": "pt"})

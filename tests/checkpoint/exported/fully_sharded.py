@@ -1,5 +1,8 @@
 """What test_tools.py runs on two forked ranks (see tests/zygote.py)."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
@@ -23,6 +26,12 @@ def check(folder: str, architecture: str, losses: list[float]) -> None:
         assert all(hasattr(p, "placements") for p in model.parameters()), "sharded"
         found = train(model, ids)
         torch.testing.assert_close(found, losses, rtol=1e-2, atol=0.0)
+    by_transformers.save_pretrained(f"{folder}/again")
+    torch.distributed.barrier()
+    config = json.loads(Path(f"{folder}/again/config.json").read_text())
+    assert config["auto_map"] == cls.build_auto_map()
+    code = {path.name for path in Path(f"{folder}/again").glob("*.py")}
+    assert code == {path.name for path in Path(folder).glob("*.py")}, "ours, and none of torch's"
 
 
 def train(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:

@@ -176,7 +176,11 @@ def test_tensor_parallel(architecture, on_ranks, tmp_path):
     on_ranks(2, call, str(tmp_path), architecture, GREEDY, trains)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    # the others run in CI, and through what transformers ships
+    [pytest.param(a, marks=[pytest.mark.slow] * (a != "resformer")) for a in ARCHITECTURES],
+)
 def test_fully_sharded(architecture, on_ranks, tmp_path):
     """FSDP2, which wants one dtype in a layer: coefficients have that of the other weights."""
     _, model = build_pair(architecture=architecture, vocab_size=68, tie_word_embeddings=False)
