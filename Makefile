@@ -38,7 +38,8 @@ test-all: install ## the whole test suite, as continuous integration runs it
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 test-oldest: install $(OLDEST) $(FORMER) ## exports under the oldest transformers that read them
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/checkpoint/exported/test_modeling_decoder.py $(ARGS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest \
+		tests/checkpoint/exported/test_modeling_decoder.py tests/checkpoint/exported/test_conventions.py $(ARGS)
 	TRANSFORMERS_4=$(CURDIR)/$(FORMER) $(BIN)/python -m pytest -m "" \
 		tests/checkpoint/hugging_face/test_plain_classes.py -k transformers_4
 
