@@ -8,6 +8,7 @@ Shapes: b batch, s sequence, h hidden, np query heads, ng KV heads, hn head dim.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +39,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_decoder import DecoderConfig
 
 SPLIT_HEADS = "{} needs all KV heads together; tensor parallelism has split them. Use one rank."
+
+
+def name_wrapped(method: Callable) -> Callable:
+    """Names what decorators hide by where it is found; compile caches pickle functions by name."""
+    outer = method
+    while inner := getattr(outer, "__wrapped__", None):
+        inner.__qualname__ = f"{outer.__qualname__}.__wrapped__"
+        outer = inner
+    return method
 
 
 def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
@@ -252,6 +262,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """What the last norm gets, [b, s, h]; with an early exit, behind any layer."""
         return hidden_states
 
+    @name_wrapped
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -327,6 +338,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @name_wrapped
     @can_return_tuple
     def forward(
         self,

@@ -121,6 +121,21 @@ def test_generates_compiled_with_static_cache():
     assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), expected)
 
 
+@pytest.mark.slow
+def test_compiled_model_is_saved(tmp_path):
+    """As vLLM's cache saves it: ahead of time, by pickle, its functions by their names."""
+    model, options = build_pair()[1].model, {"use_cache": False, "return_dict": False}
+    no_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # vLLM has none
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, options=no_guards)
+    with torch.no_grad():
+        compiled = compiled.aot_compile(((random_ids(),), options))
+        compiled.save_compiled_function(str(tmp_path / "compiled"))
+        with (tmp_path / "compiled").open("rb") as file:
+            loaded = torch.compiler.load_compiled_function(file)
+        ids = random_ids(seed=2)
+        torch.testing.assert_close(loaded(model, ids, **options), model(ids, **options))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora(checkpointing):
     """Adapters on q, v and gate: only they learn, the loss falls, merging keeps the logits."""
