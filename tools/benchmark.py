@@ -3,11 +3,12 @@
 
     python tools/benchmark.py --architectures transformer satformer
     python tools/benchmark.py --hf
+    python tools/benchmark.py --vllm .venv/vllm/bin
 
 Runs A B A B ... in one process, so that both meet the same machine, and prints the median step time
 and the peak memory of each, with B / A. With --hf, the exported Hugging Face models read a prompt
-and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape. Not a test:
-figures depend on the machine.
+and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape; with --vllm, vLLM
+serves them. Not a test: figures depend on the machine.
 """
 
 import argparse
@@ -36,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hf", action="store_true", default=False, help="beside transformers' own, on the CPU"
     )
+    parser.add_argument(
+        "--vllm",
+        metavar="BIN",
+        help="as --hf, served by the vLLM of the environment in BIN; takes the flags of --hf",
+    )
+    parser.add_argument("--eager", action="store_true", help="with --vllm: nothing compiled")
     parser.add_argument(
         "--architectures",
         nargs=2,
@@ -66,7 +73,10 @@ def main() -> None:
     target, hf = args.pop("json"), args.pop("hf")
     if target and not Path(target).absolute().parent.is_dir():
         raise ValueError(f"json ({target}) must be in a folder that exists. Make it first.")
-    kind, where = ("hugging_face", "with --hf") if hf else ("training", "without --hf")
+    if "vllm" in args:
+        kind, where = "serving", "with --vllm"
+    else:
+        kind, where = ("hugging_face", "with --hf") if hf else ("training", "without --hf")
     benchmark = import_module(f"megatron_satformer.benchmark.{kind}")
     for name in args.keys() - {field.name for field in fields(benchmark.BenchmarkOptions)}:
         raise ValueError(f"{name} ({args[name]}) must not be given {where}. Leave it out.")

@@ -155,7 +155,7 @@ class _Reader:
 
     def __init__(self, options: BenchmarkOptions, name: str) -> None:
         torch.manual_seed(0)
-        self.model = _build_model(options, name)
+        self.model = build_model(options, name)
         size = (options.micro_batch_size, options.seq_length)
         self.prompt = torch.randint(options.vocab_size, size)
         self.ids, self.cache = self.prompt, None
@@ -233,7 +233,8 @@ def _peak_memory(options: BenchmarkOptions, name: str) -> int:
     return resident("VmHWM") - before
 
 
-def _build_model(options: BenchmarkOptions, name: str) -> PreTrainedModel:
+def build_model(options: BenchmarkOptions, name: str) -> PreTrainedModel:
+    """One of `options.names` with random weights."""
     shape: dict[str, Any] = {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

@@ -7,9 +7,9 @@ import pytest
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.benchmark.hugging_face import (
     BenchmarkOptions,
-    _build_model,
     _peak_memory,
     _run_processes,
+    build_model,
 )
 from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.model.architectures import TABLE
@@ -33,7 +33,7 @@ def test_same_shape(qk_layernorm):
     """Ours without a value residual has the very parameters of transformers' own."""
     options = replace(TINY, qk_layernorm=qk_layernorm)
     ours, theirs = (
-        {name: p.shape for name, p in _build_model(options, model).named_parameters()}
+        {name: p.shape for name, p in build_model(options, model).named_parameters()}
         for model in ("transformer", options.stock)
     )
     assert ours == theirs
@@ -43,7 +43,7 @@ def test_same_shape(qk_layernorm):
 def test_every_architecture_can_be_measured(architecture):
     options = replace(TINY, architectures=(architecture,))
     assert options.names == (options.stock, architecture)
-    assert type(_build_model(options, architecture)) is model_class(architecture)
+    assert type(build_model(options, architecture)) is model_class(architecture)
 
 
 @pytest.mark.slow
