@@ -57,6 +57,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_satformer import arguments, refusals
+from megatron_satformer.backend import parameter_groups
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
 from megatron_satformer.checkpoint.megatron.recovery import recover
@@ -67,17 +68,7 @@ from megatron_satformer.checkpoint.megatron.resume import (
 )
 from megatron_satformer.cli import only_rank_0_speaks, usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
-from megatron_satformer.data.training.index_cache import (
-    find_index_sets,
-    muted_logging,
-    plan_config,
-    prepare_index_sets,
-)
-from megatron_satformer.data.training.preflight import (
-    DataSummary,
-    check_data_options,
-    describe_data,
-)
+from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
@@ -313,10 +304,10 @@ def build_model_config(args: Any) -> DecoderModelConfig:
 
 
 @cache
-def check_data() -> DataSummary:
+def check_data() -> preflight.DataSummary:
     """Look at every data file before any work starts; see data.preflight."""
     args = get_args()
-    return check_data_options(vars(args), get_tokenizer().vocab_size)
+    return preflight.check_data_options(vars(args), get_tokenizer().vocab_size)
 
 
 @cache
@@ -330,14 +321,16 @@ def prepare_data(samples: tuple[int | None, ...]) -> None:
     if args.mock_data:
         cached = args.data_cache_path is not None
     else:
-        print(*describe_data(check_data(), samples, vars(args)), sep="\n", flush=True)
+        print(*preflight.describe_data(check_data(), samples, vars(args)), sep="\n", flush=True)
         cached = not check_data().unseen
     if not cached:
         return
-    with muted_logging():
-        planned = _build_datasets(args, samples, lambda: True, plan_config(_dataset_config(args)))
-        sets = find_index_sets(planned, args.data_cache_path)
-        prepare_index_sets(sets, args.num_dataset_builder_threads)
+    with index_cache.muted_logging():
+        planned = _build_datasets(
+            args, samples, lambda: True, index_cache.plan_config(_dataset_config(args))
+        )
+        sets = index_cache.find_index_sets(planned, args.data_cache_path)
+        index_cache.prepare_index_sets(sets, args.num_dataset_builder_threads)
 
 
 def configure() -> tuple[Any, DecoderModelConfig]:
@@ -394,6 +387,7 @@ def main() -> None:
         evaluated = args.eval_global_batch_size // at_once
         communicator = CarryP2PCommunicator(groups.pp, model.transformer, evaluated)
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
+    parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
     provider, kind = train_valid_test_datasets_provider, ModelType.encoder_or_decoder
     pretrain(container, provider, kind, forward_step, **communication)
     if torch.distributed.is_initialized():

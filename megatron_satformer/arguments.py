@@ -6,7 +6,8 @@ changed default. Must not know: modules, process groups, data files.
 
 import importlib.util
 import sys
-from argparse import Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import Field
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -49,7 +50,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
     _find_action(parser, "architecture").choices = list(TABLE)
     known = set(vars(DecoderOptions()))
     for architecture in all_architectures():
-        own = ArgumentGroupFactory(architecture.options, exclude=sorted(known))
+        own = _OwnOptions(architecture.options, exclude=sorted(known))
         own.build_group(parser, architecture.name)
         known |= architecture.own_options.keys()
     group.add_argument(
@@ -65,6 +66,17 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
     _mend_help(parser)
     parser.set_defaults(**FAMILY_DEFAULTS | {"transformer_impl": None} | (defaults or {}))
     return parser
+
+
+class _OwnOptions(ArgumentGroupFactory):
+    # ArgumentGroupFactory's, 0.19.2: what is on by default has flags against it alone, with a help
+    # text that speaks for it.
+    def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        if kwargs.get("action") == "store_false":
+            flag = self._format_arg_name(attribute.name)
+            kwargs |= {"arg_names": [flag], "action": BooleanOptionalAction}
+        return kwargs
 
 
 def _find_action(parser: ArgumentParser, dest: str) -> Action:

@@ -1,8 +1,9 @@
 """Learned coefficients that every tensor-parallel rank holds whole, and whose gradient is whole.
 
-Flat vectors: Megatron (0.19.2) exempts what has one axis from weight decay. In the dtype of the
-other parameters, with an fp32 master in the optimizer: mixed dtypes make the distributed optimizer
-pair states with the wrong parameters. Must not know: architectures.
+Scalars are flat vectors: Megatron (0.19.2) exempts what has one axis from weight decay, and decays
+projections. In the dtype of the other parameters, with an fp32 master in the optimizer: mixed
+dtypes make the distributed optimizer pair states with the wrong parameters. Must not know:
+architectures.
 """
 
 from typing import Any
@@ -23,6 +24,16 @@ def stream_coefficients(config: TransformerConfig, values: Any) -> torch.nn.Para
         config: gives dtype, device and sequence parallelism.
         values: at the start, a number or a sequence of them; flattened.
     """
+    return stream_projection(config, torch.as_tensor(values, device="cpu").flatten())
+
+
+def stream_projection(config: TransformerConfig, values: Tensor) -> torch.nn.Parameter:
+    """A matrix applied to tensors like hidden_states; as `stream_coefficients`, but decayed.
+
+    Args:
+        config: gives dtype, device and sequence parallelism.
+        values: at the start, the same on every rank.
+    """
     parameter = _replicated(config, values)
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
@@ -35,7 +46,7 @@ def head_coefficients(config: TransformerConfig, values: Any) -> torch.nn.Parame
         config: gives dtype and device.
         values: at the start, a number or a sequence of them; flattened.
     """
-    parameter = _replicated(config, values)
+    parameter = _replicated(config, torch.as_tensor(values, device="cpu").flatten())
     parameter.average_gradients_across_tp_domain = True
     return parameter
 
@@ -59,7 +70,6 @@ def summed_over_heads(parameter: Tensor, tp_group: ProcessGroup) -> Tensor:
     return scaled
 
 
-def _replicated(config: TransformerConfig, values: Any) -> Any:
+def _replicated(config: TransformerConfig, values: Tensor) -> Any:
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    flat = torch.as_tensor(values, dtype=config.params_dtype, device=device).flatten()
-    return torch.nn.Parameter(flat.clone())
+    return torch.nn.Parameter(values.to(device, config.params_dtype, copy=True))

@@ -64,14 +64,16 @@ def count_parameters(
         attention += config.num_attention_heads
     moe = count_moe_layers(config)
     layers = config.num_layers * (attention + 2 * h * norm) + h * norm
-    layers += (config.num_layers - moe) * _mlp(config, config.ffn_hidden_size)
+    architecture = find_architecture(config.architecture)
+    dense = range(1, config.num_layers - moe + 1)  # those with experts differ in no dense width
+    layers += sum(_mlp(config, architecture.ffn_width(config, n)) for n in dense)
     idle = 0
     if moe:
         expert = _mlp(config, config.moe_ffn_hidden_size, config.moe_latent_size)
         layers += moe * (config.num_moe_experts * expert + _around_experts(config))
         idle = moe * (config.num_moe_experts - config.moe_router_topk) * expert
     embeddings = h * (padded_vocab_size * (1 if share_embeddings else 2) + learned_positions)
-    own = find_architecture(config.architecture).count_parameters(config)
+    own = architecture.count_parameters(config)
     return ParameterCount(embeddings, layers, own, idle)
 
 

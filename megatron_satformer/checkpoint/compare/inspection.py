@@ -159,7 +159,7 @@ def _inspect_megatron(load: Path, step: int | None) -> Inspection:
         },
         bytes=_megatron_bytes(checkpoint),
         problems=find_damage(folder, checkpoint.metadata),  # the optimizer's files too
-        own=frozenset(tensor.megatron for tensor in _own_tensors(SimpleNamespace(**_shape(args)))),
+        own=_own_keys(SimpleNamespace(**_shape(args))),
     )
 
 
@@ -170,6 +170,10 @@ def _shape(args: Namespace) -> dict[str, Any]:
     names = ("num_layers", "hidden_size", "kv_channels", "ffn_hidden_size")
     shape = {name: getattr(args, name, None) for name in names}
     return own_options(args) | shape | {"num_query_groups": groups}
+
+
+def _own_keys(options: Any) -> frozenset[str]:
+    return frozenset(find_architecture(options.architecture).by_key(options))
 
 
 def _own_tensors(options: Any) -> list[OwnTensor]:

@@ -119,8 +119,8 @@ def import_from_hf(
         load: Folder with config.json and weights.
         save: Folder to make, for --pretrained-checkpoint or --load.
         overwrite: Whether an earlier import at `save` may be replaced.
-        architecture: What a plain Transformer becomes, with zeros for what that adds; None keeps
-            what it is.
+        architecture: What a plain Transformer becomes, with what that adds at its start; None
+            keeps what it is.
         options: Own options of that architecture, such as {"value_gate": "identity"}.
         dtype: One of DTYPES; None for the folder's.
         make_vocab_size_divisible_by: Of the embedding's rows, on each tensor-parallel rank.
@@ -224,8 +224,8 @@ def _plan(folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Ite
 
 def _find_shape(name: Name, folder: HFFolder, config: Any, padded: int) -> tuple[int, ...]:
     if name.hf[0] not in folder.tensors:
-        assert name.own_shape is not None, name
-        return name.own_shape  # zeros
+        assert name.own is not None, name
+        return name.own.shape
     shapes = [folder.tensors[part].shape for part in name.hf]
     rows = padded if name.packing == "vocabulary" else sum(shape[0] for shape in shapes)
     return (rows, *shapes[0][1:])
@@ -233,14 +233,20 @@ def _find_shape(name: Name, folder: HFFolder, config: Any, padded: int) -> tuple
 
 def _build(name: Name, folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Tensor:
     if name.hf[0] not in folder.tensors:
-        return torch.zeros(_find_shape(name, folder, config, padded), dtype=dtype)
+        assert name.own is not None, name
+        if name.own.like is not None:
+            return folder.read(name.own.like, dtype)
+        return name.own.start(name.own.shape).to(dtype)
     parts = {part: folder.read(part, dtype) for part in name.hf}
     return convert_to_megatron(name, parts, config, padded)
 
 
 def _extra_states(config: Any) -> Iterator[str]:
     """Keys with their place, of every layer; stacked layers have one key and many places."""
-    layers = config.num_hidden_layers
+    layers, norm = config.num_hidden_layers, ".layer_norm_weight"
+    for _, tensor in find_architecture(config.architecture).all_tensors(config):
+        if tensor.megatron.endswith(norm):  # of a linear layer of the architecture's own
+            yield f"{tensor.megatron.removesuffix(norm)}._extra_state/shard_0_1"
     for n in range(layers):
         for module in EXTRA_STATES:
             if find_architecture(config.architecture).config.layers_alike:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_satformer.model.architectures import find_architecture
-from megatron_satformer.model.architectures.record import Packing
+from megatron_satformer.model.architectures.record import OwnTensor, Packing
 
 MEGATRON_LAYER = "decoder.layers.{n}."
 HF_LAYER = "model.layers.{n}."
@@ -30,7 +30,7 @@ class Name:
             head. "halves": one after the other.
         layer: Layer (0-based) it belongs to, None for the model's own.
         fp32: Whether it is float32 in every model.
-        own_shape: Of what the architecture adds to a plain Transformer; None for the rest.
+        own: What the architecture adds to a plain Transformer; None for the rest.
     """
 
     megatron: str
@@ -38,7 +38,7 @@ class Name:
     packing: Packing = "one"
     layer: int | None = None
     fp32: bool = False
-    own_shape: tuple[int, ...] | None = None
+    own: OwnTensor | None = None
 
     @property
     def stacked(self) -> str:
@@ -74,7 +74,7 @@ def iterate_names(config: Any) -> Iterator[Name]:
         config: Exported configuration of the model.
     """
     own = [
-        Name(t.megatron, t.hf, t.packing, n - 1 if n else None, t.fp32, t.shape)
+        Name(t.megatron, t.hf, t.packing, n - 1 if n else None, t.fp32, t)
         for n, t in find_architecture(config.architecture).all_tensors(config)
     ]
     taken = {name for tensor in own for name in tensor.hf}

@@ -7,6 +7,7 @@ carried along in config.json, so that the way back gives the same file.
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,12 +36,12 @@ from megatron_satformer.model.architectures.record import PaperLayout
 EMBEDDING = "model.embed_tokens.weight"
 # The epsilon of QK-norm there, whatever norm_eps says.
 QK_NORM_EPS = 1e-5
-# part of our name -> part of theirs; those of an architecture's own tensors are in its record
+# pattern in our name -> theirs; those of an architecture's own tensors are in its record
 RENAMED = {
-    "model.embed_tokens.": "model.embeddings.",
-    ".input_layernorm.": ".attn_norm.",
-    ".post_attention_layernorm.": ".mlp_norm.",
-    ".self_attn.": ".attn.",
+    r"model\.embed_tokens\.": "model.embeddings.",
+    r"\.input_layernorm\.": ".attn_norm.",
+    r"\.post_attention_layernorm\.": ".mlp_norm.",
+    r"\.self_attn\.": ".attn.",
 }
 # our field -> theirs, where the value is the same
 FIELDS = {
@@ -87,6 +88,11 @@ DEFAULTS: dict[str, Any] = {
     "value_residual_gate": "relu",
     "value_residual_proj_bias": False,
     "value_residual_last_k": None,
+    "dwa_dilation": 1,
+    "dwa_period": 1,
+    "expansion_rate": 4,
+    "use_dynamic_hc": True,
+    "use_tanh": True,
 }
 MULTIPLE = 256  # of an MLP's width that they derive
 CARD = """# {architecture}
@@ -242,9 +248,8 @@ def build_paper_config(config: Any) -> dict[str, Any]:
     """
     assert config.rope_parameters is not None
     paper = _paper(config.architecture)
-    kind = paper.model_type
-    name = f"{kind[0].upper()}{kind[1:]}ForCausalLM"
-    content: dict[str, Any] = {"architectures": [name], "model_type": kind}
+    content: dict[str, Any] = {"architectures": [f"{paper.class_name}ForCausalLM"]}
+    content["model_type"] = paper.model_type
     content |= {name: getattr(config, ours) for ours, name in {**FIELDS, **paper.options}.items()}
     content |= {"hidden_act": "swish", "window_size": None}
     content["rope_theta"] = config.rope_parameters["rope_theta"]
@@ -336,16 +341,17 @@ def _derive_width(hidden_size: int, ratio: float | None) -> int:
 def rename(name: str, config: Any) -> str:
     """Their name of a tensor of ours."""
     for ours, theirs in {**_paper(config.architecture).names, **RENAMED}.items():
-        name = name.replace(ours, theirs)
+        name = re.sub(ours, theirs, name)
     return name
 
 
 def _their_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    scalars = _paper(config.architecture).scalars
-    return {
-        rename(name, config): () if scalars and name.endswith(scalars) else shape
-        for name, shape in model_shapes(config).items()
-    }
+    others = _paper(config.architecture).shapes(config)
+    found = {}
+    for name, shape in model_shapes(config).items():
+        theirs = others.get(name.rpartition(".")[2], shape)
+        found[rename(name, config)] = tuple(math.prod(shape) if n == -1 else n for n in theirs)
+    return found
 
 
 def _copy_weights(
@@ -355,7 +361,7 @@ def _copy_weights(
     partial: Path,
     shard_size: int,
 ) -> int:
-    """Returns the bytes copied. Of a tensor's shape, only the axis of one number may change."""
+    """Returns the bytes copied. A tensor's axes may change, its numbers not."""
     tensors = {
         name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
         for name, shape in shapes.items()

@@ -130,20 +130,22 @@ class DecoderAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | tuple[Tensor, Tensor, Tensor],
         carried: tuple[Tensor, ...],
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-        """Normed x [b, s, h] -> output [b, s, h], gates, attention weights, what is carried."""
-        input_shape = hidden_states.shape[:-1]
+        """Normed x [b, s, h], or three -> output [b, s, h], gates, attention weights, carried."""
+        inputs = (hidden_states,) * 3 if isinstance(hidden_states, Tensor) else hidden_states
+        for_q, for_k, for_v = inputs
+        input_shape = for_q.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(hidden_shape)
-        k = self.k_proj(hidden_states).view(hidden_shape)
-        v = self.v_proj(hidden_states).view(hidden_shape)
-        k, v, carried, gates = self.mix(hidden_states, k, v, carried)
+        q = self.q_proj(for_q).view(hidden_shape)
+        k = self.k_proj(for_k).view(hidden_shape)
+        v = self.v_proj(for_v).view(hidden_shape)
+        k, v, carried, gates = self.mix(for_v, k, v, carried)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -180,10 +182,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def norm_inputs(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Any:
+        """What attention reads: one tensor [b, s, h], or one each for q, k and v."""
+        return self.input_layernorm(hidden_states)
+
     def forward(self, hidden_states: Tensor, *carried: Tensor, **kwargs) -> tuple[Any, ...]:
         """Hidden states [b, s, h] -> the same, gates, attention weights, all that is carried."""
         output, gates, weights, carried = self.self_attn(
-            self.input_layernorm(hidden_states), carried, **kwargs
+            self.norm_inputs(hidden_states, carried), carried, **kwargs
         )
         hidden_states = hidden_states + output
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

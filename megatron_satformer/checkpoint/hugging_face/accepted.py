@@ -52,7 +52,7 @@ class Importable:
 
     Attributes:
         config: Of the model that is to be trained.
-        adds: Names of what it has, of zeros, that the folder does not have.
+        adds: Names of what it has at its start, which the folder does not have.
         notes: Sentences that the user should read.
     """
 
@@ -93,7 +93,7 @@ def read_model(
     adds = model_shapes(started).keys() - model_shapes(config).keys()
     own = started.architecture
     notes.append(
-        f"NOTE: what a {own} adds to a Transformer is zero"
+        f"NOTE: what a {own} adds to a Transformer changes nothing yet"
         + "".join(f", {name} ({value})" for name, value in _own_values(started).items())
         + ": training starts as the plain model and learns from there. For another start, import "
         "a transformer and train with --from-transformer."
@@ -261,17 +261,17 @@ def _start_as(
         if name not in architecture.model_options:
             raise ValueError(
                 f"{name} ({value}) must be left out: it does not say what a {asked} computes, and "
-                "what that adds to a Transformer is zero here."
+                "what that adds to a Transformer changes nothing here."
             )
     given = {**architecture.model_options, **architecture.start_options, **options}
     names = (*SHARED, "attention_bias", "rope_parameters", "qk_norm")
     theirs = {name: getattr(config, name) for name in names}
     started = config_class(architecture.name)(**theirs, **given)
-    why = architecture.zero_start(started)
+    why = architecture.plain_start(started)
     if why is not None:
         told = "".join(f" with {name} ({value})" for name, value in options.items())
         raise ValueError(
-            f"architecture ({asked}){told} cannot be imported as a plain Transformer with zeros: "
+            f"architecture ({asked}){told} cannot start as a plain Transformer: "
             f"{why} Import a transformer, and train with --from-transformer where that is possible."
         )
     return started

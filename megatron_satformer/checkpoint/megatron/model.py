@@ -244,8 +244,8 @@ def _load_weights(
         {entry.key: entry.global_shape for entry in entries},
         f"{checkpoint.folder} does not fit its own args",
     )
-    own = find_architecture(model.config.architecture).all_tensors(model.config)
-    wide = {tensor.megatron for _, tensor in own if tensor.fp32}
+    own = find_architecture(model.config.architecture).by_key(model.config)
+    wide = {key for key, tensor in own.items() if tensor.fp32}
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for (key, index), pieces in groupby(entries, _stored_at):
         tensor = checkpoint.read(key, index)

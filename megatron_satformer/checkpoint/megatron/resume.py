@@ -226,6 +226,20 @@ def _check_no_row_is_lost(args: Namespace, saved: Namespace, source: Source) -> 
         )
 
 
+def _check_parameter_groups(args: Namespace, saved: Namespace, source: Source) -> None:
+    # Megatron finds saved groups by their learning rates and decay, and fails on every rank.
+    architecture = find_architecture(args.architecture)
+    for option, default in architecture.own_options.items():
+        mine, theirs = getattr(args, option), getattr(saved, option, default)
+        as_saved = Namespace(**vars(args) | {option: theirs})
+        if architecture.parameter_groups(args) != architecture.parameter_groups(as_saved):
+            raise ValueError(
+                f"{option} ({mine}) must be that of {source}, which is ({theirs}): it says how the "
+                "optimizer whose state is in it treats parameters. Give it on the command line, or "
+                "start with fresh moments (--no-load-optim)."
+            )
+
+
 def _check_optimizer(args: Namespace, saved: Namespace, source: Source) -> None:
     distributed = getattr(saved, "use_distributed_optimizer", False)
     if args.use_distributed_optimizer != distributed:
@@ -234,6 +248,7 @@ def _check_optimizer(args: Namespace, saved: Namespace, source: Source) -> None:
             f"{source}, which is ({distributed}): the two save their state differently. Change "
             "--use-distributed-optimizer, or start with fresh moments (--no-load-optim)."
         )
+    _check_parameter_groups(args, saved, source)
     mine, theirs = (getattr(a, "expert_model_parallel_size", 1) for a in (args, saved))
     if (mine > 1) != (theirs > 1):
         raise ValueError(

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.unsupported import Row
@@ -51,6 +53,12 @@ class OwnTensor:
         shape: of the whole tensor, without parallelism.
         packing: how it holds them, see `checkpoint/convert/names.py`.
         fp32: whether it stays float32 in the files of a model in another dtype.
+        start: shape -> values with which the model computes a plain Transformer, see
+            `Architecture.plain_start`.
+        like: Hugging Face name, in the same layer, of the plain Transformer's tensor whose values
+            it then has instead of `start`.
+        behind: whether the Hugging Face names are those of the layer before: what Megatron's layer
+            n + 1 reads at its entry, other stages' outputs included, stands behind layer n there.
     """
 
     megatron: str
@@ -58,12 +66,16 @@ class OwnTensor:
     shape: tuple[int, ...]
     packing: Packing = "one"
     fp32: bool = False
+    start: Callable[[tuple[int, ...]], Tensor] = torch.zeros
+    like: str | None = None
+    behind: bool = False
 
     def placed(self, n: int) -> "OwnTensor":
         """The same with the full names that it has in layer n, or in the model for n = 0."""
-        layer = f"layers.{n - 1}." if n else ""
-        names = tuple(f"model.{layer}{name}" for name in self.hf)
-        return replace(self, megatron=f"decoder.{layer}{self.megatron}", hf=names)
+        layer, theirs = (f"layers.{i}." if n else "" for i in (n - 1, n - 1 - self.behind))
+        names = tuple(f"model.{theirs}{name}" for name in self.hf)
+        like = self.like and f"model.{theirs}{self.like}"
+        return replace(self, megatron=f"decoder.{layer}{self.megatron}", hf=names, like=like)
 
 
 @dataclass(frozen=True)
@@ -72,16 +84,19 @@ class PaperLayout:
 
     Attributes:
         model_type: its name there.
-        names: part of our tensors' names -> part of theirs.
-        scalars: ends of our names of one number, which has no axis there.
+        class_name: of its model there, without "ForCausalLM".
+        names: pattern in our tensors' names -> what it becomes in theirs, as re.sub has them.
+        shapes: options -> last part of our names -> the shape there, where another; -1 stands
+            for the number of elements.
         options: our option -> theirs.
         fixed: what its configuration has beside.
         refuse: options -> what of them that repository computes otherwise; None: nothing.
     """
 
     model_type: str
+    class_name: str
     names: Mapping[str, str] = field(default_factory=dict)
-    scalars: tuple[str, ...] = ()
+    shapes: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda options: {}
     options: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     refuse: Callable[[Any], str | None] = lambda options: None
@@ -115,12 +130,16 @@ class Architecture:
         adapt: changes Megatron's submodules of one layer further.
         carry: config and n, 0 < n < num_layers -> what crosses the boundary behind layer n.
         tensors: options and n -> its own tensors.
+        ffn_width: options and n -> width of the MLP of layer n, where that is dense.
         finish: what one chunk of the model needs beyond its layers; called with the chunk, its
             place in the model, and its TransformerBlock's process groups in place.
         refuses: Megatron's options that cannot be used with it, and why.
         defaults: parsed arguments -> defaults of other flags.
-        zero_start: options -> None if zeros for its own tensors compute the plain Transformer and
-            learn from there; else why not.
+        parameter_groups: parsed arguments -> patterns of parameters' names, and how the optimizer
+            treats those that have one, in the terms of Megatron's ParamGroupOverride. Without it
+            what has one axis is not decayed, and the rest is.
+        plain_start: options -> None if its own tensors, at their `start`, compute the plain
+            Transformer and learn from there; else why not.
         start_options: options of an import from a plain Transformer, where not the defaults.
         stock: whether transformers' own Llama and Qwen3 compute it, where they have its options.
         from_transformer: why training cannot start from a Transformer's weights; None: it can, and
@@ -143,10 +162,12 @@ class Architecture:
     adapt: Callable[[TransformerLayerSubmodules, Any], TransformerLayerSubmodules] | None = None
     carry: Callable[[Any, int], Carry] = lambda config, n: Carry()
     tensors: Callable[[Any, int], Sequence[OwnTensor]] = lambda options, n: ()
+    ffn_width: Callable[[Any, int], int] = lambda options, n: options.ffn_hidden_size
     finish: "Callable[[GPTModel, int], None] | None" = None
     refuses: tuple[Row, ...] = ()
     defaults: Callable[[Namespace], dict[str, Any]] = lambda preview: {}
-    zero_start: Callable[[Any], str | None] = lambda options: None
+    parameter_groups: Callable[[Namespace], dict[str, dict[str, float]]] = lambda args: {}
+    plain_start: Callable[[Any], str | None] = lambda options: None
     start_options: Mapping[str, Any] = field(default_factory=dict)
     stock: bool = False
     from_transformer: str | None = "its layers read no checkpoint without its own tensors"
@@ -181,6 +202,14 @@ class Architecture:
             for n in range(options.num_layers + 1)
             for tensor in self.tensors(options, n)
         ]
+
+    def by_key(self, options: Any) -> dict[str, OwnTensor]:
+        """Key in a checkpoint -> its own tensor; layers that are alike are one, without number."""
+        found = {}
+        for n, tensor in self.all_tensors(options):
+            layer = "layers." if self.config.layers_alike else f"layers.{n - 1}."
+            found[tensor.megatron.replace(f"layers.{n - 1}.", layer)] = tensor
+        return found
 
     def count_parameters(self, options: Any) -> int:
         """Number of parameters in its own tensors."""

@@ -305,14 +305,15 @@ SATFORMER = Architecture(
             ("adam", "sgd", "lion"),
         ),
     ),
-    zero_start=why_not_from_zero,
+    plain_start=why_not_from_zero,
     start_options={"value_gate": "tanh"},
     from_transformer=None,
     gates="alpha [batch, sequence, KV heads] of\neach layer that mixes",
     layers_note=describe_mixing,
     paper=PaperLayout(
         "SATFormer",
-        names={".self_attn.value_gate.": ".attn.value_residual_mixing.alpha_proj."},
+        "SATFormer",
+        names={r"\.self_attn\.value_gate\.": ".attn.value_residual_mixing.alpha_proj."},
         options={
             "value_gate": "value_residual_gate",
             "value_gate_bias": "value_residual_proj_bias",

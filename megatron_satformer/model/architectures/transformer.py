@@ -11,5 +11,5 @@ TRANSFORMER = Architecture(
     exported="megatron_satformer.checkpoint.exported.modeling_decoder:DecoderForCausalLM",
     stock=True,
     from_transformer="it reads a Transformer's checkpoint as it is",
-    paper=PaperLayout("transformer"),
+    paper=PaperLayout("transformer", "Transformer"),
 )

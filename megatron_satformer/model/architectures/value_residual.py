@@ -56,6 +56,25 @@ def carry_v1(config: DecoderConfig, n: int) -> Carry:
     return Carry(heads=1)
 
 
+def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
+    """Refuse tensor-parallel ranks that share a KV head.
+
+    Args:
+        groups: KV heads of the model.
+        tp: tensor-parallel size.
+        carried: what is sharded by KV head, and its verb.
+
+    Raises:
+        ValueError: naming the sizes that there are.
+    """
+    if groups % tp:
+        sizes = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+        raise ValueError(
+            f"num_query_groups ({groups}) must be a multiple of tensor_model_parallel_size "
+            f"({tp}): {carried} sharded by KV head. Use TP {' or '.join(sizes)}."
+        )
+
+
 @dataclass
 class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
     """DecoderConfig of a model whose layers read V1."""
@@ -76,12 +95,7 @@ class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
                 f"num_layers ({num_layers}) must be at least 2 for architecture "
                 f"({options.architecture}): layer 1 makes V1 and later layers mix it in."
             )
-        if groups % tp:
-            sizes = [str(n) for n in range(1, groups + 1) if groups % n == 0]
-            raise ValueError(
-                f"num_query_groups ({groups}) must be a multiple of tensor_model_parallel_size "
-                f"({tp}): V1 is sharded by KV head. Use TP {' or '.join(sizes)}."
-            )
+        refuse_split_heads(groups, tp, "V1 is")
 
     def mixes(self, n: int) -> bool:
         """Whether layer n (1-based) mixes V1 into its values."""

@@ -93,16 +93,18 @@ class Attention(nn.Module):
         """
         return k, v, carried, None
 
-    def forward(self, x: Tensor, carried: Carried) -> Attended:
-        """Normed x [b, s, h] -> output [b, s, h], what the next layer gets, what is shown."""
-        s, hn = x.size(1), self.config.head_dim
-        q, k, v = (w(x).unflatten(-1, (-1, hn)) for w in (self.q_proj, self.k_proj, self.v_proj))
-        k, v, carried, shown = self.mix(x, k, v, carried)
+    def forward(self, x: Tensor | tuple[Tensor, ...], carried: Carried) -> Attended:
+        """Normed x [b, s, h], or three -> output [b, s, h], what the next layer gets, is shown."""
+        inputs = x if isinstance(x, tuple) else (x,) * 3
+        s, hn = inputs[0].size(1), self.config.head_dim
+        projections = zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)
+        q, k, v = (w(x).unflatten(-1, (-1, hn)) for w, x in projections)
+        k, v, carried, shown = self.mix(inputs[2], k, v, carried)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, self.config.rope_theta), apply_rope(k, self.config.rope_theta)
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
-        future = torch.full((s, s), float("-inf"), device=x.device).triu(1)
+        future = torch.full((s, s), float("-inf"), device=q.device).triu(1)
         scores = torch.einsum("bqnd,bknd->bnqk", q, k) * hn**-0.5 + future
         out = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v)  # [b, s, np, hn]
         return self.o_proj(out.flatten(2)), carried, shown

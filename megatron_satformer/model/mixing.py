@@ -1,0 +1,156 @@
+"""Weighted sums of what earlier layers made, whose weights are learned or computed per token.
+
+The sources are held by reference: nothing that grows with their number is stacked, copied or kept
+for backward beside them and the weights. Everything is added up in float32 at least, and returned
+in the dtype of the sources. Must not know: architectures, parallelism.
+
+Shapes: n sources, m sums, g heads, d any last axis, k columns; "..." leading axes such as [s, b].
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mix(weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out_i = sum_j weights[..., i, j] * sources_j.
+
+    Args:
+        weights: [m, n], the same for every token, or [..., m, n], of each.
+        sources: n tensors [..., d] of one dtype.
+
+    Returns:
+        m tensors [..., d].
+    """
+    return _Mix.apply(weights, *sources)
+
+
+def weighted_sum(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[j] * sources_j: `mix` to one sum. weights: [n] or [..., n]."""
+    (out,) = mix(weights.unsqueeze(-2), sources)
+    return out
+
+
+def mix_heads(weights: Tensor, *kinds: Sequence[Tensor]) -> Tensor:
+    """out[i, c] = sum_j sum_g weights[i, j, g] * kinds[c][j][g].
+
+    Args:
+        weights: [m, n, g].
+        *kinds: of each n tensors [g, d], all of one dtype.
+
+    Returns:
+        [m, kinds, d].
+    """
+    return _MixHeads.apply(weights, *(source for sources in kinds for source in sources))
+
+
+def normed_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) @ weight, the norm without gain; keeps x by reference, and no normed copy of it.
+
+    Args:
+        x: [..., d].
+        weight: [d, k].
+        eps: added to the mean square.
+
+    Returns:
+        [..., k], in float32 at least.
+    """
+    product, square = _Product.apply(x, weight)
+    return product * torch.rsqrt(square + eps)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weights, *sources)
+        return tuple(_combine(row, sources) for row in _columns(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *sources = ctx.saved_tensors
+        to_weights, *to_sources = ctx.needs_input_grad
+        columns = zip(*_columns(weights), strict=True)  # per source, its weight in every sum
+        into = [
+            _combine(column, gradients) if wanted else None
+            for column, wanted in zip(columns, to_sources, strict=True)
+        ]
+        if not to_weights:
+            return None, *into
+        rows = [[_dot(g, x, weights.dim() == 2) for x in sources] for g in gradients]
+        own = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+        return own.to(weights.dtype), *into
+
+
+class _MixHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *sources)
+        ctx.n = n = weights.size(1)
+        columns = _wide(weights).unbind(1)  # per source, [m, g]
+        shape = (weights.size(0), len(sources) // n, sources[0].size(-1))
+        out = columns[0].new_zeros(shape)
+        for place, source in enumerate(sources):
+            out[:, place // n].addmm_(columns[place % n], _wide(source))
+        return out.to(sources[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *sources = ctx.saved_tensors
+        to_weights, *to_sources = ctx.needs_input_grad
+        columns, kinds = _wide(weights).unbind(1), _wide(gradient).unbind(1)
+        into = [
+            (columns[place % ctx.n].t() @ kinds[place // ctx.n]).to(source.dtype)
+            if to_sources[place]
+            else None
+            for place, source in enumerate(sources)
+        ]
+        if not to_weights:
+            return None, *into
+        own = torch.zeros_like(weights, dtype=columns[0].dtype)
+        for place, source in enumerate(sources):
+            own[:, place % ctx.n] += kinds[place // ctx.n] @ _wide(source).t()
+        return own.to(weights.dtype), *into
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight and the mean of x^2, [..., 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        x = _wide(x)
+        return x @ weight.to(x.dtype), x.square().mean(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, product: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        wide = _wide(x)
+        into = product @ weight.to(wide.dtype).t() + wide * (square * (2 / x.size(-1)))
+        own = wide.flatten(0, -2).t() @ product.flatten(0, -2)
+        return into.to(x.dtype), own.to(weight.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _columns(weights: Tensor) -> list[tuple[Tensor, ...]]:
+    """Per sum, the weight of every source, [..., 1] each."""
+    return [row.unsqueeze(-1).unbind(-2) for row in weights.unbind(-2)]
+
+
+def _combine(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_j weights_j tensors_j, in the dtype of the tensors."""
+    first, *others = map(_wide, tensors)
+    out = first * weights[0].to(first.dtype)
+    for weight, tensor in zip(weights[1:], others, strict=True):
+        out.addcmul_(tensor, weight.to(out.dtype))
+    return out.to(tensors[0].dtype)
+
+
+def _dot(gradient: Tensor, source: Tensor, whole: bool) -> Tensor:
+    """Over the last axis, or over all of them."""
+    product = _wide(gradient) * _wide(source)
+    return product.sum() if whole else product.sum(-1)
