@@ -1,0 +1,383 @@
+"""MUDDFormer: every layer reads four sums of what all earlier layers made (arXiv 2502.12170).
+
+    X_0 = embedding,  X_n = output of layer n, residuals included
+    A_n = GELU(RMSNorm(X_n) W1_n) W2_n + a_n        per token; the norm has no gain
+    X^c_n = sum_j A^c_nj X_j,  over j <= n          c = q, k, v, r
+
+Layer n + 1 adds attention, of the normed X^q_n, X^k_n and X^v_n, to X^r_n; layer 1 reads X_0 in all
+four ways, with one norm. The final norm reads X^r_L, the one way behind the last layer. W2 starts
+at 0 and a_n so that X^c_n = X_n: a plain Transformer. With --mudd-prepost-norm
+
+    X^c_n = RMSNorm(sum_j A^c_nj RMSNorm(X_j)) + X_n
+
+with a gain for every pair of a sum and what it reads, and one for every sum; a_n starts at 0.
+
+The X^c_n are made by layer n + 1, so that a boundary takes X_0 .. X_n and no more; X^r_L by layer
+L. Three inputs cost sequence parallelism three gathers where there was one.
+
+Shapes: s sequence, b micro-batch, h hidden, C ways; "/tp": per rank.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
+from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
+from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
+from megatron_satformer.model.mixing import mix, normed_product
+from megatron_satformer.model.ways import NORM_KEYS, WayLinears, WayNorms, split_by_head
+from megatron_satformer.unsupported import Row
+
+NUM_WAYS = 4  # q, k, v and the residual
+POST_GAIN = 1e-3
+WIDTH_MULTIPLE = 128  # of MLPs, as the authors' code has it
+
+
+@dataclass
+class MuddFormerOptions:
+    """MUDDFormer's own options."""
+
+    mudd_prepost_norm: bool = False
+    """Norm what is summed up and every sum, and add the newest output to each (muddformer), as its
+    paper advises for deep and narrow models."""
+
+    mudd_ffn_realloc: bool = False
+    """Let the width of the MLPs grow linearly from 0.5 times --ffn-hidden-size in the first layer
+    to 1.5 times in the last (muddformer), rounded to multiples of 128."""
+
+
+@dataclass
+class MuddFormerConfig(DecoderConfig, MuddFormerOptions):
+    """DecoderConfig with sums of earlier layers' outputs."""
+
+    layers_alike: ClassVar[bool] = False  # the later, the more it reads
+    architecture: str = "muddformer"
+    seed: int = 1234
+    """Megatron's --seed: gives W1 its start, whatever the layout."""
+
+    @classmethod
+    def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
+        """Refuse shapes and options that three inputs or MLPs of many widths cannot have."""
+        if groups % tp:
+            sizes = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+            raise ValueError(
+                f"num_query_groups ({groups}) must be a multiple of tensor_model_parallel_size "
+                f"({tp}): k and v are projected apart. Use TP {' or '.join(sizes)}."
+            )
+        if "layernorm" in (getattr(options, "recompute_modules", None) or ()):
+            raise NotImplementedError(
+                "recompute_modules (layernorm) is not supported with architecture "
+                f"({options.architecture}): its input norm returns three tensors. Leave it out."
+            )
+        if options.mudd_ffn_realloc:
+            _check_widths(options, num_layers, tp)
+
+    @property
+    def summary(self) -> str:
+        """As DecoderConfig's."""
+        norms = ", normed sums" if self.mudd_prepost_norm else ""
+        widths = [ffn_width(self, n) for n in (1, self.num_layers)]
+        ffn = f", MLPs {widths[0]} to {widths[1]} wide" if self.mudd_ffn_realloc else ""
+        return f"{self.architecture}{norms}{ffn}"
+
+
+def _check_widths(options: Any, num_layers: int, tp: int) -> None:
+    experts = getattr(options, "num_experts", None) or getattr(options, "num_moe_experts", None)
+    reason = ""
+    if num_layers < 2:
+        reason = f"num_layers ({num_layers}) of at least 2"
+    elif experts:
+        reason = f"dense layers, not num_experts ({experts})"
+    elif WIDTH_MULTIPLE % tp:
+        reason = f"tensor_model_parallel_size ({tp}) a divisor of {WIDTH_MULTIPLE}"
+    elif getattr(options, "from_transformer", False):
+        reason = "weights of its own, not from_transformer (True), whose MLPs are all alike"
+    if reason:
+        raise ValueError(f"mudd_ffn_realloc (True) must come with {reason}. Leave it out.")
+
+
+def ffn_width(options: Any, n: int) -> int:
+    """Width of the MLP of layer n."""
+    if not options.mudd_ffn_realloc:
+        return options.ffn_hidden_size
+    share = 0.5 + (n - 1) / (options.num_layers - 1)
+    return max(1, round(share * options.ffn_hidden_size / WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
+
+
+def starting_projection(shape: tuple[int, ...], seed: int = 1234) -> Tensor:
+    """W1 with variance 1/h, the same on every rank; of another seed, and in each layer, another."""
+    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + shape[0])
+    return torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5
+
+
+def starting_weights(shape: tuple[int, ...], ways: int) -> Tensor:
+    """Static weights, flat, with which every sum is the newest output."""
+    weights = torch.zeros(shape, device="cpu")
+    weights.view(ways, -1)[:, -1] = 1
+    return weights
+
+
+class Aggregate(MegatronModule):
+    """X_0 .. X_n -> X^c_n of every way.
+
+    Args:
+        config: of the model.
+        ways: C.
+        tensors: what it holds: `aggregate_tensors`.
+        tp_group: over which it is replicated.
+    """
+
+    config: MuddFormerConfig
+
+    def __init__(
+        self, config: MuddFormerConfig, ways: int, tensors: Sequence[OwnTensor], tp_group: Any
+    ) -> None:
+        super().__init__(config)
+        self.ways, self.tp_group = ways, tp_group
+        for tensor in tensors:
+            build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
+            seeded = {"seed": config.seed} if tensor.start is starting_projection else {}
+            with torch.device("cpu"):  # wherever the model is built
+                values = tensor.start(tensor.shape, **seeded)
+            setattr(self, tensor.megatron.rpartition(".")[2], build(config, values))
+
+    def forward(self, history: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """X_0 .. X_n, [s, b, h] ([s/tp, b, h] under sequence parallelism) -> C such tensors."""
+        newest, eps = history[-1], self.config.layernorm_epsilon
+        weights = F.gelu(normed_product(newest, self.w1.t(), eps))  # [s, b, C (n + 1)], >= fp32
+        weights = weights @ self.w2.t().to(weights.dtype) + self.static.to(weights.dtype)
+        weights = weights.unflatten(-1, (self.ways, -1))  # [s, b, C, n + 1]
+        if not self.config.mudd_prepost_norm:
+            return mix(weights, history)
+        gains = self.pre_gains, self.post_gains
+        return checkpoint(_normed_mix, weights, eps, *gains, *history, use_reentrant=False)
+
+
+def _normed_mix(
+    weights: Tensor, eps: float, pre_gains: Tensor, post_gains: Tensor, *history: Tensor
+) -> tuple[Tensor, ...]:
+    """`mix` between norms, beside the newest; run again in backward, to keep no normed copies."""
+    newest, size = history[-1], history[-1].shape[-1:]
+    gains = pre_gains.view(-1, *size)
+    normed = [_norm(x, gain, eps) for x, gain in zip(history, gains, strict=True)]
+    sums = zip(mix(weights, normed), post_gains.view(-1, *size), strict=True)
+    return tuple((_norm(x, gain, eps) + newest).to(newest.dtype) for x, gain in sums)
+
+
+def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, wide.shape[-1:], gain.to(wide.dtype), eps)
+
+
+class MuddFormerAttention(SelfAttention):
+    """SelfAttention of three inputs, but in layer 1."""
+
+    def __init__(
+        self,
+        config: MuddFormerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if layer_number > 1:
+            linears = partial(WayLinears, submodules.linear_qkv)
+            submodules = replace(submodules, linear_qkv=linears)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+
+    # MegatronModule.sharded_state_dict, 0.19.2: where a Transformer's layers are one tensor, all
+    # layers must read pieces of one size.
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's entries; where a Transformer's are expected, layer 1 reads head by head."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.layer_number == 1 and self.config.expects_transformer:
+            tp = self.pg_collection.tp
+            for name, parameter in self.linear_qkv.named_parameters():
+                key = f"{prefix}linear_qkv.{name}"
+                if name in ("weight", "bias"):
+                    heads = len(parameter) // self.config.kv_channels
+                    mine = range(tp.rank() * heads, (tp.rank() + 1) * heads)
+                    total = tp.size() * heads
+                    entries[key] = split_by_head(key, entries[key], mine, total, sharded_offsets)
+        return entries
+
+
+class MuddFormerLayer(ExtendedLayer):
+    """ExtendedLayer that reads the X^c_{n-1}; `context` and hidden_states are X_0 .. X_{n-1}."""
+
+    config: MuddFormerConfig
+
+    def __init__(
+        self,
+        config: MuddFormerConfig,
+        submodules: TransformerLayerSubmodules,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if config.mudd_ffn_realloc:
+            submodules = replace(submodules, mlp=partial(self._build_mlp, submodules.mlp))
+        super().__init__(config, submodules, *args, **kwargs)
+        n = self.layer_number
+        self._norms_were_one = False
+        if n > 1:
+            reads = aggregate_tensors(config, n - 1)
+            self.aggregate = Aggregate(config, NUM_WAYS, reads, self.tp_group)
+            # A norm in the local backend; IdentityOp where Transformer Engine fuses it.
+            self.input_layernorm = WayNorms(config, submodules.input_layernorm, self.tp_group)
+            keys = NORM_KEYS | submodules.sharded_state_dict_keys_map
+            self.submodules_config = replace(submodules, sharded_state_dict_keys_map=keys)
+            self.register_load_state_dict_post_hook(_spread_norm)
+        if n == config.num_layers:
+            follows = aggregate_tensors(config, n)
+            self.final_aggregate = Aggregate(config, 1, follows, self.tp_group)
+
+    def _build_mlp(self, build: Callable[..., Any], *, config: Any, **kwargs: Any) -> Any:
+        # MLP (0.19.2) takes the width of its second linear from the config alone.
+        config = copy(config)
+        config.ffn_hidden_size = ffn_width(config, self.layer_number)
+        return build(config=config, **kwargs)
+
+    # TransformerLayer.forward, 0.19.2: the residual stream itself is what is summed up.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        context: tuple[Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """X_0 .. X_{n-1} -> X_n and those before it; X^r_L behind the last layer.
+
+        Args:
+            hidden_states: X_{n-1}, [s, b, h] ([s/tp, b, h] under sequence parallelism).
+            *args: as Megatron's.
+            context: X_0 .. X_{n-2}; None in layer 1.
+            **kwargs: as Megatron's.
+        """
+        history = (*(context or ()), hidden_states)
+        reads = hidden_states if self.layer_number == 1 else self.aggregate(history)
+        hidden_states, _ = super().forward(reads, *args, **kwargs)
+        if self.layer_number < self.config.num_layers:
+            return hidden_states, history
+        (residual,) = self.final_aggregate((*history, hidden_states))
+        return residual, ()
+
+    # ExtendedLayer's: with it, remembers that a Transformer's norm is read for all three.
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """As ExtendedLayer's."""
+        self._norms_were_one = self.config.expects_transformer
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+@torch.no_grad()
+def _spread_norm(layer: MuddFormerLayer, _: Any) -> None:
+    """Give k and v the norm that q has got from a Transformer."""
+    if not layer._norms_were_one:
+        return
+    layer._norms_were_one = False
+    parameters = dict(layer.named_parameters())
+    for name, parameter in parameters.items():
+        for key in ("input_layernorm.q.", "self_attention.linear_qkv.q.layer_norm_"):
+            if name.startswith(key):
+                for way in "kv":
+                    parameters[name.replace(".q.", f".{way}.")].copy_(parameter)
+
+
+def aggregate_tensors(options: Any, n: int) -> list[OwnTensor]:
+    """What makes the X^c_n holds; one way for the last n, which stands in the layer itself."""
+    h, last = options.hidden_size, n == options.num_layers
+    ways, place = (1, "final_aggregate") if last else (NUM_WAYS, "aggregate")
+    size = ways * (n + 1)
+
+    def build(name: str, shape: tuple[int, ...], start: Callable[..., Tensor]) -> OwnTensor:
+        theirs, key, fp32 = (f"aggregate.{name}",), f"{place}.{name}", name == "static"
+        return OwnTensor(key, theirs, shape, fp32=fp32, start=start, behind=not last)
+
+    normed = options.mudd_prepost_norm
+    found = [
+        build("w1", (size, h), starting_projection),
+        build("w2", (size, size), torch.zeros),
+        build("static", (size,), torch.zeros if normed else partial(starting_weights, ways=ways)),
+    ]
+    if normed:
+        found += [
+            build("pre_gains", ((n + 1) * h,), torch.ones),
+            build("post_gains", (ways * h,), partial(torch.full, fill_value=POST_GAIN)),
+        ]
+    return found
+
+
+def own_tensors(options: Any, n: int) -> list[OwnTensor]:
+    """Norms of k and v of layer n, and what makes its inputs; in layer L also what follows it."""
+    found = []
+    if n > 1:
+        found += [
+            OwnTensor(
+                f"self_attention.linear_qkv.{way}.layer_norm_weight",
+                (f"input_layernorm_{way}.weight",),
+                (options.hidden_size,),
+                start=torch.ones,
+                like="input_layernorm.weight",
+            )
+            for way in "kv"
+        ]
+        found += aggregate_tensors(options, n - 1)
+    if n and n == options.num_layers:
+        found += aggregate_tensors(options, n)
+    return found
+
+
+def why_not_plain(options: Any) -> str | None:
+    """Why it cannot start as a plain Transformer; None: it can."""
+    if options.mudd_ffn_realloc:
+        return "mudd_ffn_realloc (True) gives its MLPs other widths."
+    return None
+
+
+_ROWS = "it treats linear_qkv as one matrix, and here it is three"
+MUDDFORMER = Architecture(
+    name="muddformer",
+    source="arXiv 2502.12170",
+    equation=(
+        "X^c_n = sum_j A^c_nj X_j, X_j the output of layer j, is what layer n + 1 reads as c = q, "
+        "k, v, residual\nA_n = GELU(RMSNorm(X_n) W1_n) W2_n + a_n, per token"
+    ),
+    about=(
+        "X_0 is the embedding, the final norm reads the residual way of X_L. The KV cache is a "
+        "plain\nTransformer's. MUDDFormer is described in arXiv 2502.12170."
+    ),
+    twin="megatron_satformer.model.reference.muddformer:MuddFormer",
+    exported="megatron_satformer.checkpoint.exported.modeling_muddformer:MuddFormerForCausalLM",
+    config=MuddFormerConfig,
+    options=MuddFormerOptions,
+    attention=MuddFormerAttention,
+    layer=MuddFormerLayer,
+    carry=lambda config, n: Carry(streams=n),
+    tensors=own_tensors,
+    ffn_width=ffn_width,
+    refuses=(
+        *REFUSES,
+        Row("tensor_parallel_num_weight_shards qk_clip", _ROWS),
+        Row("optimizer", _ROWS, ("adam", "sgd", "lion")),
+        Row("normalization", "its norms have no bias", ("RMSNorm",)),
+        Row("tp_comm_overlap", "its buffers are those of one linear_qkv"),
+    ),
+    plain_start=why_not_plain,
+    from_transformer=None,
+)
