@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Compare training steps of two architectures at one shape on the current device.
+"""Compare training steps of architectures at one shape on the current device.
 
-    python tools/benchmark.py --architectures transformer satformer
+    python tools/benchmark.py --architectures transformer satformer resformer
     python tools/benchmark.py --hf
     python tools/benchmark.py --vllm .venv/vllm/bin
 
-Runs A B A B ... in one process, so that both meet the same machine, and prints the median step time
-and the peak memory of each, with B / A. With --hf, the exported Hugging Face models read a prompt
-and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape; with --vllm, vLLM
-serves them. Not a test: figures depend on the machine.
+Runs A B C A B C ... in one process, so that all meet the same machine, and prints the median step
+time and the peak memory of each, also over those of A. With --hf, the exported Hugging Face models
+read a prompt and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape;
+with --vllm, vLLM serves them. Not a test: figures depend on the machine.
 """
 
 import argparse
@@ -45,13 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eager", action="store_true", help="with --vllm: nothing compiled")
     parser.add_argument(
         "--architectures",
-        nargs=2,
-        metavar=("A", "B"),
-        help="the baseline, and what is compared to it; with --hf: both beside transformers' own",
+        nargs="+",
+        metavar="A",
+        help="the baseline, and what is compared to it; with --hf: all beside transformers' own",
     )
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--rounds", type=int, help="A B pairs; with --hf: prompts of each")
+    parser.add_argument("--rounds", type=int, help="of one turn each; with --hf: prompts of each")
     parser.add_argument("--processes", type=int, help="with --hf: one after the other")
     parser.add_argument("--steps", type=int, help="steps of each per round")
     parser.add_argument("--new-tokens", type=int, help="with --hf: decoded after each prompt")

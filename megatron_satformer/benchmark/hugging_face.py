@@ -114,7 +114,8 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
                 row[f"{what}_speed"] = statistics.median(stock / ours for stock, ours in pairs)
                 row[f"{what}_speed_of_minima"] = min(times[options.stock]) / min(times[name])
         if name != options.stock:
-            row["peak_memory_ratio"] = peaks[name] / peaks[options.stock]
+            stock = peaks[options.stock]  # 0 where the model is too small to be seen
+            row["peak_memory_ratio"] = peaks[name] / stock if stock else None
         rows.append(row)
     return {
         "options": vars(options),
@@ -145,7 +146,8 @@ def format_table(figures: dict[str, Any]) -> str:
                 else ""
             )
             cells += f"{median:>11.1f}{least:>{width}.1f}{speed:>16}"
-        ratio = f"{row['peak_memory_ratio']:.3f}" if "peak_memory_ratio" in row else ""
+        memory = row.get("peak_memory_ratio")
+        ratio = "" if memory is None else f"{memory:.3f}"
         lines.append(f"{cells}{row['peak_mib']:>10.1f}{ratio:>7}")
     return "\n".join(lines)
 

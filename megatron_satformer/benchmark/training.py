@@ -1,6 +1,6 @@
-"""Training steps of two architectures at one shape, side by side on one device.
+"""Training steps of architectures at one shape, side by side on one device.
 
-One process steps A, B, A, B, ... so that both meet the same machine; the ratio is B / A. Peak
+One process steps A, B, C, A, B, C, ... so that all meet the same machine; ratios are to A. Peak
 memory is taken per architecture: on a GPU from the allocator, on the CPU as the peak resident set
 of a process of its own, above what it held before the model was built.
 """
@@ -24,7 +24,7 @@ MEMORY_STEPS = 3
 class BenchmarkOptions:
     """What is measured; sizes as Megatron's flags of the same names."""
 
-    architectures: tuple[str, str] = (PLAIN, DecoderOptions.architecture)
+    architectures: tuple[str, ...] = (PLAIN, DecoderOptions.architecture)
     hidden_size: int = 256
     num_layers: int = 8
     num_attention_heads: int = 4
@@ -71,16 +71,16 @@ class _Trainer:
 
 
 def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
-    """Measure both architectures.
+    """Measure all architectures.
 
     Returns:
-        Options, device, and per architecture the median, minimum and maximum step time (ms) and
-        the peak memory (MiB); "step_time_ratio" and "peak_memory_ratio" are second / first.
+        Options, device, and per architecture the median, minimum and maximum step time (ms), the
+        peak memory (MiB), and median and peak over those of the first one.
     """
     memory = [measure_in_own_process(_peak_memory, options, a) for a in options.architectures]
     cuda = _start(options.device)
     trainers = [_Trainer(options, architecture) for architecture in options.architectures]
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in trainers]
     for trainer in trainers:
         trainer.step()  # the first step allocates
     for _ in range(options.rounds):
@@ -94,32 +94,33 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
             "min_ms": min(taken) * 1e3,
             "max_ms": max(taken) * 1e3,
             "peak_mib": peak / 2**20,
+            "step_time_ratio": statistics.median(taken) / statistics.median(times[0]),
+            "peak_memory_ratio": peak / memory[0] if memory[0] else None,
         }
         for architecture, taken, peak in zip(options.architectures, times, memory, strict=True)
     ]
-    first, second = rows
     return {
         "options": vars(options),
         "device": torch.cuda.get_device_name()
         if cuda
         else f"cpu, {torch.get_num_threads()} threads",
         "measured": rows,
-        "step_time_ratio": second["median_ms"] / first["median_ms"],
-        "peak_memory_ratio": second["peak_mib"] / first["peak_mib"],
     }
 
 
 def format_table(figures: dict[str, Any]) -> str:
     """The figures of `run_benchmark` as a table."""
     lines = [f"device: {figures['device']}"]
-    lines.append(f"{'':<14}{'median ms':>11}{'min':>9}{'max':>9}{'peak MiB':>11}")
-    lines += [
-        f"{row['architecture']:<14}{row['median_ms']:>11.1f}{row['min_ms']:>9.1f}"
-        f"{row['max_ms']:>9.1f}{row['peak_mib']:>11.1f}"
-        for row in figures["measured"]
-    ]
-    ratio, memory = figures["step_time_ratio"], figures["peak_memory_ratio"]
-    lines.append(f"{'ratio':<14}{ratio:>11.3f}{'':>18}{memory:>11.3f}")
+    lines.append(
+        f"{'':<18}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'peak MiB':>11}{'ratio':>8}"
+    )
+    for row in figures["measured"]:
+        memory = row["peak_memory_ratio"]
+        lines.append(
+            f"{row['architecture']:<18}{row['median_ms']:>11.1f}{row['min_ms']:>9.1f}"
+            f"{row['max_ms']:>9.1f}{row['step_time_ratio']:>8.3f}{row['peak_mib']:>11.1f}"
+            + (f"{memory:>8.3f}" if memory is not None else f"{'':>8}")
+        )
     return "\n".join(lines)
 
 
