@@ -157,8 +157,8 @@ def data_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def started(pretrain, data_flags, tmp_path_factory) -> Callable[..., tuple[list, Run]]:
-    """Starts a model, given by architecture and flags, on one rank.
+def started(zygote, pretrain, data_flags, tmp_path_factory) -> Callable[..., tuple[list, Run]]:
+    """Starts a model, given by architecture and flags, on one rank, from perturbed coefficients.
 
     Returns the flags that continue its checkpoint of two steps, and one rank's next five steps.
     """
@@ -171,7 +171,9 @@ def started(pretrain, data_flags, tmp_path_factory) -> Callable[..., tuple[list,
             # Adam's first steps are the sign of each gradient, rounding noise around 0 included,
             # unless eps is above that noise: then layouts differ by the noise and no more.
             flags += ["--adam-eps", 1e-6]
-            pretrain(1, *flags, "--train-iters", 2, "--save", folder, "--save-interval", 2)
+            saving = [*flags, "--train-iters", 2, "--save", folder, "--save-interval", 2]
+            run = zygote.run(1, call="tests.perturbed:train", args=[[*map(str, saving)]])
+            assert run.codes == [0], run.output[-6000:]
             flags += ["--load", folder, "--finetune", "--no-load-optim", "--no-load-rng"]
             flags += ["--train-iters", 5]
             made[architecture, model] = flags, pretrain(1, *flags)

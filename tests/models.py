@@ -14,6 +14,7 @@ from megatron_satformer.checkpoint.hugging_face.code import (
 )
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.architectures.record import Carry
 
 
 def build_config(architecture: str = "satformer", **options: Any) -> DecoderConfig:
@@ -47,12 +48,12 @@ def build_exported_config(twin_config: Any, **more: Any) -> Any:
     return config_class(twin_config.architecture)(**values, rope_parameters=rope, **more)
 
 
-def carries(architecture: Any) -> bool:
-    """Whether anything but hidden states crosses a boundary of a model of four layers."""
+def carries(architecture: Any) -> Carry:
+    """What crosses the boundaries of a model of four layers beside hidden states, at most."""
     config = build_config(
         architecture.name, num_layers=4, hidden_size=8, num_attention_heads=2, pipeline_dtype=None
     )
-    return any(architecture.carries(config))
+    return architecture.carries(config)
 
 
 def build_exported(twin: Any, **more: Any) -> Any:

@@ -29,7 +29,13 @@ MAY_IMPORT = {
 }
 # Outside modules, and the only files or rooms that may import them.
 ONLY_IN = {
-    "megatron.training": {"arguments", "backend/cpu", "model/builder", "config"},
+    "megatron.training": {
+        "arguments",
+        "backend/cpu",
+        "model/builder",
+        "config",
+        "backend/parameter_groups",
+    },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},
     "transformer_engine": set(),

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_satformer.model.architectures import all_architectures, find_architecture
+from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
 from megatron_satformer.unsupported import (
     ARCHITECTURE,
     EXPORT,
@@ -18,6 +18,7 @@ from megatron_satformer.unsupported import (
     Table,
     refuse_unsupported,
 )
+from tests.parallel.layouts import CARRYING
 
 EVERYWHERE = {TRAINING, ONE_CPU, EXPORT}
 ATTENTION = {LOCAL_BACKEND, SDPA, ONE_CPU}
@@ -51,15 +52,20 @@ def test_where_an_option_is_refused(option, value, places):
         assert "{" not in str(error.value)
 
 
+# Those of the package that carry anything.
+OURS = {name for name in CARRYING if TABLE[name].startswith("megatron_satformer.")}
+
+
 @pytest.mark.parametrize(
     ("option", "value", "by"),
     [
-        ("qk_clip", True, {"satformer"}),
+        ("qk_clip", True, {*"satformer lime muddformer".split()}),
         ("ckpt_format", "torch", {"satformer"}),
-        ("optimizer", "muon", {"satformer"}),
+        ("optimizer", "muon", {*"satformer hyperconnections muddformer".split()}),
         ("fp8_param_gather", True, {"satformer"}),
-        ("use_megatron_fsdp", True, {"satformer"} | {"resformer"}),
-        ("cuda_graph_impl", "local", {"satformer"} | {"resformer"}),
+        ("fused_residual_rmsnorm", True, {"hyperconnections"}),
+        ("use_megatron_fsdp", True, OURS),
+        ("cuda_graph_impl", "local", OURS),
     ],
 )
 def test_what_an_architecture_refuses(option, value, by):

@@ -86,8 +86,10 @@ def count_built(model) -> int:
         module = DecoderModelBuilder(model).build_model(groups, True, True)
     padding = 0
     for layer in module.decoder.layers:
-        rows = layer.self_attention.linear_qkv.weight.shape[0]
-        config = model.transformer
+        fused = layer.self_attention.linear_qkv
+        if not hasattr(fused, "weight"):  # three linears, without gates
+            continue
+        rows, config = fused.weight.shape[0], model.transformer
         gates = config.num_query_groups if rows > 3 * config.hidden_size else 0
         padding += (rows - 3 * config.hidden_size - gates) * config.hidden_size
     return sum(parameter.numel() for parameter in module.parameters()) - padding

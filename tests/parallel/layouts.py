@@ -17,13 +17,18 @@ SELECTIVE = "--recompute-granularity selective"
 GROUPS_OF_3 = "--microbatch-group-size-per-virtual-pipeline-stage 3"
 LAYOUT = "--pipeline-model-parallel-layout"
 GQA2 = "--group-query-attention --num-query-groups 2"
+SUMS_2X3 = "--dwa-dilation 2 --dwa-period 3"
+NORMED_SUMS = "--mudd-prepost-norm --mudd-ffn-realloc --ffn-hidden-size 512 --optimizer sgd"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
 # Architectures of the table, by what they have.
 EVERY = tuple(TABLE)
-CARRYING = tuple(a.name for a in all_architectures() if carries(a))
+CARRYING = tuple(a.name for a in all_architectures() if any(carries(a)))
 MIXING = tuple(a.name for a in all_architectures() if "value_residual_last_k" in a.own_options)
+WITH_HEADS = tuple(a.name for a in all_architectures() if carries(a).heads)
+DILATED = tuple(a.name for a in all_architectures() if "dwa_dilation" in a.own_options)
+NORMED = tuple(a.name for a in all_architectures() if "mudd_prepost_norm" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
@@ -109,6 +114,36 @@ ROWS = (
         f"{PP4} {VIRTUAL}",
         "--num-layers 8 --value-residual-last-k 2",
         MIXING,
+    ),
+    Row(
+        "PP4, 8 layers, 2 x 3: outputs dropped behind their last reader",
+        4,
+        PP4,
+        f"--num-layers 8 {SUMS_2X3}",
+        DILATED,
+        fast=DILATED,
+    ),
+    Row(
+        "PP4 x 2 virtual, 8 layers, 2 x 3",
+        4,
+        f"{PP4} {VIRTUAL}",
+        f"--num-layers 8 {SUMS_2X3}",
+        DILATED,
+    ),
+    # With Adam rounding noise in tiny gradients would move weights: first norms agree to 1e-6.
+    Row(
+        "TP2 x PP2 + SP, normed sums, SGD",
+        4,
+        f"{TP2} {PP2} {SP}",
+        NORMED_SUMS,
+        NORMED,
+    ),
+    Row(
+        "PP2 x 2 virtual, normed sums, SGD, recompute full, uniform",
+        2,
+        f"{PP2} {VIRTUAL} {UNIFORM}".replace("layers 2", "layers 1"),
+        NORMED_SUMS,
+        NORMED,
     ),
     *(
         Row(f"TP2, {gate} gate", 2, TP2, f"--value-gate {gate}", GATED)

@@ -271,10 +271,13 @@ class Storages(TorchDispatchMode):
                     self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
 
-    def bytes_alive(self) -> int:
-        """Of all but scalars: gloo's thread may hold the last reduced one a moment longer."""
+    def bytes_alive(self, least: int = SCALAR + 1) -> int:
+        """Of all storages of `least` bytes and more.
+
+        Without scalars by default: gloo's thread may hold the last reduced one a moment longer.
+        """
         self.known = {a: known for a, known in self.known.items() if not known[0].expired()}
-        return sum(size for _, size in self.known.values() if size > SCALAR)
+        return sum(size for _, size in self.known.values() if size >= least)
 
 
 def _process_bytes() -> int:

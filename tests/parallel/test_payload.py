@@ -8,19 +8,20 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
+from typing import Any
 
 import pytest
 
 from megatron_satformer.model.architectures import TABLE, find_architecture
 from tests.models import build_config
-from tests.parallel.layouts import CARRYING, GATED, MIXING
+from tests.parallel.layouts import CARRYING, DILATED, GATED, MIXING, WITH_HEADS
 from tests.small import PP2, SHAPE, SP, TP2
 
 HIDDEN, SEQUENCE, BATCH, MICRO_BATCHES = 64, 64, 2, 4  # as SHAPE has them
 HEADS, HEAD_DIM = 8, 8
 FLAGS = [*SHAPE, *f"--num-attention-heads {HEADS} --train-iters 2".split()]
 FLAGS += "--mock-data --tokenizer-type NullTokenizer --vocab-size 127".split()
-GQA = f"--group-query-attention --num-query-groups {HEADS // 4}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,28 @@ class Layout:
         chunks = self.pp * self.virtual
         counts = self.chunks or (self.layers // chunks,) * chunks
         return [*accumulate(counts)][:-1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture, its KV heads, and options of its own."""
+
+    architecture: str
+    groups: int = HEADS
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        words = f"--architecture {self.architecture}"
+        if self.groups != HEADS:
+            words += f" --group-query-attention --num-query-groups {self.groups}"
+        for name, value in self.options:
+            words += f" --{name.replace('_', '-')} {value}"
+        return words.split()
+
+    def config(self, layout: Layout) -> Any:
+        shape = {"num_layers": layout.layers, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
+        return build_config(self.architecture, **shape, **dict(self.options))
 
 
 LAYOUTS = {
@@ -88,14 +111,19 @@ LAYOUTS = {
         f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", pp=2, virtual=2, chunks=(0, 2, 2, 0)
     ),
 }
-MODELS = {name: (name, HEADS, "") for name in TABLE}
-MODELS |= {f"{name}, GQA": (name, HEADS // 4, GQA) for name in CARRYING}
+MODELS = {name: Model(name) for name in TABLE}
+MODELS |= {f"{name}, GQA": Model(name, HEADS // 4) for name in WITH_HEADS}
 MODELS |= {
-    f"{name}, last layer mixes": (name, HEADS, "--value-residual-last-k 1") for name in GATED
+    f"{name}, 2 x 3": Model(name, options=(("dwa_dilation", 2), ("dwa_period", 3)))
+    for name in DILATED
+}
+MODELS |= {
+    f"{name}, last layer mixes": Model(name, options=(("value_residual_last_k", 1),))
+    for name in GATED
 }
 FAST = [
     *(("PP2", name) for name in TABLE),
-    *(("PP2 x 2 virtual", f"{name}, GQA") for name in CARRYING),
+    *(("PP2 x 2 virtual", f"{name}, GQA" if name in WITH_HEADS else name) for name in CARRYING),
     *(("TP2 x PP2 + SP", f"{name}, GQA") for name in GATED),
 ]
 
@@ -142,28 +170,26 @@ def plain(recorded):
     )
 
 
-def boundary_width(layout: Layout, architecture: str, groups: int, boundary: int) -> int:
+def boundary_width(layout: Layout, model: Model, boundary: int) -> int:
     """The formula of docs/design.md, written out once more; what is carried is the record's."""
     before = layout.layers_before[boundary]
     if before in (0, layout.layers):
         return HIDDEN
-    config = build_config(
-        architecture, num_layers=layout.layers, hidden_size=HIDDEN, num_attention_heads=HEADS
-    )
-    streams, heads = find_architecture(architecture).carry(config, before)
-    kv = groups * HEAD_DIM
+    carry = find_architecture(model.architecture).carry
+    streams, heads = carry(model.config(layout), before)
+    kv = model.groups * HEAD_DIM
     return HIDDEN * (1 + streams) + heads * (kv if layout.sp else kv // layout.tp)
 
 
 def messages_of_one_micro_batch(
-    layout: Layout, architecture: str, groups: int, rank: int, forward_only: bool, itemsize: int = 4
+    layout: Layout, model: Model, rank: int, forward_only: bool, itemsize: int = 4
 ) -> Counter:
     """(direction, sent or received, peer, shape, bytes) of one micro-batch on one rank."""
     rows = SEQUENCE // layout.tp if layout.sp else SEQUENCE
     stage, tp_rank = divmod(rank, layout.tp)
     expected: Counter = Counter()
     for boundary in range(layout.pp * layout.virtual - 1):
-        width = boundary_width(layout, architecture, groups, boundary)
+        width = boundary_width(layout, model, boundary)
         what = ((rows, BATCH, width), rows * BATCH * width * itemsize)
         before, behind = boundary % layout.pp, (boundary + 1) % layout.pp
         if stage == before:
@@ -177,14 +203,12 @@ def messages_of_one_micro_batch(
     return +expected
 
 
-def check_messages(record: Record, layout: Layout, architecture: str, groups: int, **more) -> None:
+def check_messages(record: Record, layout: Layout, model: Model, **more) -> None:
     for rank in range(layout.ranks):
         schedules = record.ranks[rank]["schedules"]
         assert [s["forward_only"] for s in schedules] == [False, False, True, True]
         for schedule in schedules:
-            one = messages_of_one_micro_batch(
-                layout, architecture, groups, rank, schedule["forward_only"], **more
-            )
+            one = messages_of_one_micro_batch(layout, model, rank, schedule["forward_only"], **more)
             got = Counter(
                 (d, way, peer, tuple(shape), n) for d, way, peer, shape, n in schedule["messages"]
             )
@@ -204,10 +228,10 @@ def check_messages(record: Record, layout: Layout, architecture: str, groups: in
     ],
 )
 def test_messages_are_the_formula_and_megatrons_number(recorded, plain, layout, model):
-    layout, (architecture, groups, flags) = LAYOUTS[layout], MODELS[model]
-    record = recorded(layout, "--architecture", architecture, *flags.split())
-    check_messages(record, layout, architecture, groups)
-    check_report(record, layout, architecture, groups)
+    layout, model = LAYOUTS[layout], MODELS[model]
+    record = recorded(layout, *model.flags)
+    check_messages(record, layout, model)
+    check_report(record, layout, model)
     reference = plain(layout)
     for rank in range(layout.ranks):
         # The same messages in the same order to the same peers, as many synchronises, and the
@@ -219,7 +243,7 @@ def test_messages_are_the_formula_and_megatrons_number(recorded, plain, layout, 
         ):
             assert [m[:3] for m in mine[0]] == [m[:3] for m in theirs[0]]
             assert mine[1:] == theirs[1:]
-    check_collectives(record, reference, layout, architecture)
+    check_collectives(record, reference, layout, model)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +251,7 @@ def test_messages_are_the_formula_and_megatrons_number(recorded, plain, layout, 
 )
 def test_figures_of_the_design(recorded, model, ratio):
     """docs/design.md, How V1 travels: elements per token at a boundary, 2h and 1.25h."""
-    architecture, _, flags = MODELS[model]
-    record = recorded(LAYOUTS["PP2"], "--architecture", architecture, *flags.split())
+    record = recorded(LAYOUTS["PP2"], *MODELS[model].flags)
     ((messages,), *_) = record.of(0, "messages")
     assert {shape[-1] for _, _, _, shape, _ in messages} == {ratio * HIDDEN}
 
@@ -244,7 +267,7 @@ def test_figures_of_the_design(recorded, model, ratio):
 def test_bf16_halves_the_bytes(recorded, layout):
     layout = LAYOUTS[layout]
     record = recorded(layout, "--architecture", "satformer", "--bf16")
-    check_messages(record, layout, "satformer", HEADS, itemsize=2)
+    check_messages(record, layout, MODELS["satformer"], itemsize=2)
 
 
 @pytest.mark.slow
@@ -253,7 +276,7 @@ def test_softmax_gates_cost_one_gather_and_one_scatter(recorded, gate):
     """Of [s, b, ng] per mixing layer and micro-batch, and nothing at a boundary."""
     layout = LAYOUTS["TP2 x PP2"]
     record = recorded(layout, "--architecture", "satformer", "--value-gate", gate)
-    check_messages(record, layout, "satformer", HEADS)
+    check_messages(record, layout, MODELS["satformer"])
     relu = recorded(layout, "--architecture", "satformer")
     share = SEQUENCE * BATCH * HEADS // layout.tp
     for rank in range(layout.ranks):
@@ -266,10 +289,10 @@ def test_softmax_gates_cost_one_gather_and_one_scatter(recorded, gate):
             }
 
 
-def check_report(record: Record, layout: Layout, architecture: str, groups: int) -> None:
+def check_report(record: Record, layout: Layout, model: Model) -> None:
     """What rank 0 prints at start gives every boundary its width."""
     boundaries = range(layout.pp * layout.virtual - 1)
-    widths = [boundary_width(layout, architecture, groups, b) for b in boundaries]
+    widths = [boundary_width(layout, model, b) for b in boundaries]
     size = SEQUENCE * BATCH * max(widths) * 4 // (layout.tp if layout.sp else 1)
     each = ", ".join(f"{width} ({width / HIDDEN:.2f}x)" for width in widths)
     ends = "boundary" if len(widths) == 1 else "boundaries"
@@ -279,12 +302,14 @@ def check_report(record: Record, layout: Layout, architecture: str, groups: int)
     ) in record.output
 
 
-def lambdas(layout: Layout, rank: int) -> Counter:
+def lambdas(layout: Layout, model: Model, rank: int, forward_only: bool) -> Counter:
     """ResFormer's, of a step: its lambdas are summed.
 
     lambda_logits (one per mixing layer) and lambda_scale: one all-reduce over stages. Under tensor
     parallelism those of all chunks and every lambda2: one more over the heads' ranks.
     """
+    if forward_only:
+        return Counter()
     wanted = Counter({f"c10d.allreduce_ over {layout.pp} ranks x {layout.layers}": 1})
     if layout.tp > 1:
         elements = lambdas_on_rank(layout, rank)
@@ -292,19 +317,56 @@ def lambdas(layout: Layout, rank: int) -> Counter:
     return wanted
 
 
-def scalars(layout: Layout, rank: int) -> Counter:
+def scalars(layout: Layout, model: Model, rank: int, forward_only: bool) -> Counter:
     """MeanFormer's, of a step: one sum over the heads' ranks, of a beta per layer but the first."""
     layers = layout.layers // layout.pp - (rank // layout.tp == 0)
-    if layout.tp == 1 or sum(layout.chunks) or layers == 0:
+    if forward_only or layout.tp == 1 or sum(layout.chunks) or layers == 0:
         return Counter()
     return Counter({f"c10d.allreduce_ over {layout.tp} ranks x {layers}": 1})
 
 
-# Of a step, beside plain Megatron's.
-MORE_COLLECTIVES = {"resformer": lambdas, "meanformer": scalars}
+def routed(layout: Layout, model: Model, rank: int, forward_only: bool) -> Counter:
+    """LIMe's: of every layer but the first, and of every micro-batch, one in each direction.
+
+    Keys and values of all KV heads go in, those of the rank's own come out; their gradients return.
+    """
+    if layout.tp == 1:
+        return Counter()
+    times = MICRO_BATCHES * len(layers_on_rank(layout, rank) - {1})
+    size = SEQUENCE * BATCH * 2 * model.groups * HEAD_DIM
+    ranks = f"over {layout.tp} ranks x"
+    wanted = Counter({f"c10d._reduce_scatter_base_ {ranks} {size // layout.tp}": times})
+    if not forward_only:
+        wanted[f"c10d._allgather_base_ {ranks} {size}"] += times
+    return +wanted
 
 
-def check_collectives(record: Record, reference: Record, layout: Layout, architecture: str) -> None:
+def three_inputs(layout: Layout, model: Model, rank: int, forward_only: bool) -> Counter:
+    """MUDDFormer's, in all layers but the first: what linear_qkv does with an input, twice more.
+
+    Gather it, and again for the gradient of the weight; sum up the gradient of the input.
+    """
+    times = 2 * MICRO_BATCHES * len(layers_on_rank(layout, rank) - {1})
+    whole, among = SEQUENCE * BATCH * HIDDEN, f"over {layout.tp} ranks x"
+    if layout.tp == 1 or times == 0:
+        return Counter()
+    if not layout.sp:
+        return Counter() if forward_only else Counter({f"c10d.allreduce_ {among} {whole}": times})
+    gathers = Counter({f"c10d._allgather_base_ {among} {whole}": times * (2 - forward_only)})
+    sums = Counter({f"c10d._reduce_scatter_base_ {among} {whole // layout.tp}": times})
+    return gathers if forward_only else gathers + sums
+
+
+# Of a step, or of an evaluation, beside plain Megatron's.
+MORE_COLLECTIVES = {
+    "resformer": lambdas,
+    "meanformer": scalars,
+    "lime": routed,
+    "muddformer": three_inputs,
+}
+
+
+def check_collectives(record: Record, reference: Record, layout: Layout, model: Model) -> None:
     """As plain Megatron's, in the schedule and in the whole step, but for sums of coefficients.
 
     Under sequence parallelism those of streams lengthen the one sum of the norms' gradients.
@@ -316,20 +378,34 @@ def check_collectives(record: Record, reference: Record, layout: Layout, archite
                 extra = Counter(own["collectives"]) - Counter(plain["collectives"])
                 lacking = Counter(plain["collectives"]) - Counter(own["collectives"])
                 wanted: Counter = Counter()
-                if architecture in MORE_COLLECTIVES and not own.get("forward_only"):
-                    wanted = MORE_COLLECTIVES[architecture](layout, rank)
+                if model.architecture in MORE_COLLECTIVES:
+                    count = MORE_COLLECTIVES[model.architecture]
+                    wanted = count(layout, model, rank, own.get("forward_only", False))
                 for shorter in lacking:  # "operator over n ranks x elements"
                     what, _, elements = shorter.rpartition(" ")
                     assert layout.sp
-                    assert architecture not in MIXING
+                    assert model.architecture not in MIXING
                     (longer,) = extra - wanted
-                    assert longer == f"{what} {int(elements) + sum(map(length, wanted))}"
+                    assert longer == f"{what} {int(elements) + of_streams(layout, model, rank)}"
                     extra -= Counter([longer])
                 assert extra == wanted
 
 
-def length(collective: str) -> int:
-    return int(collective.rpartition(" ")[2])
+def layers_on_rank(layout: Layout, rank: int) -> set[int]:
+    chunks = range(rank // layout.tp, layout.pp * layout.virtual, layout.pp)
+    ends = [0, *layout.layers_before, layout.layers]
+    return {n for chunk in chunks for n in range(ends[chunk] + 1, ends[chunk + 1] + 1)}
+
+
+def of_streams(layout: Layout, model: Model, rank: int) -> int:
+    """Numbers in a rank's own tensors that are applied to streams, and not inside attention."""
+    config = model.config(layout)
+    return sum(
+        prod(tensor.shape)
+        for n in layers_on_rank(layout, rank)
+        for tensor in find_architecture(model.architecture).tensors(config, n)
+        if "layer_norm" in tensor.megatron or not tensor.megatron.startswith("self_attention.")
+    )
 
 
 def lambdas_on_rank(layout: Layout, rank: int) -> int:

@@ -27,6 +27,10 @@ TABLE: dict[str, str] = {
     PLAIN: f"{_HERE}.transformer:TRANSFORMER",
     "resformer": f"{_HERE}.resformer:RESFORMER",
     "satformer": f"{_HERE}.satformer:SATFORMER",
+    "denseformer": f"{_HERE}.denseformer:DENSEFORMER",
+    "hyperconnections": f"{_HERE}.hyperconnections:HYPERCONNECTIONS",
+    "lime": f"{_HERE}.lime:LIME",
+    "muddformer": f"{_HERE}.muddformer:MUDDFORMER",
 }
 for _point in entry_points(group="megatron_satformer.architectures"):
     if TABLE.setdefault(_point.name, _point.value) != _point.value:

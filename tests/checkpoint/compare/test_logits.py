@@ -62,8 +62,9 @@ def compare_with_twin(reference, folder: Path) -> None:
         logits = megatron_logits(model, ids, 60)
     assert logits.shape == (2, 33, 60)
     expected = reference(ids).logits
-    assert expected.abs().max() > 1
-    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    largest = expected.abs().max().item()
+    assert largest > 1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * largest)
     # transformers runs in the same process afterwards
     assert before == (torch.cuda.is_available(), torch.cuda.current_device, dict(os.environ))
     assert not torch.distributed.is_initialized()

@@ -64,6 +64,8 @@ CASES = build_cases(
     {"value_residual_last_k": 1, "num_key_value_heads": 4},
     {"value_gate": "tanh", "value_gate_bias": True},
     {"mean_scale": 0.5},
+    {"dwa_dilation": 2, "dwa_period": 3},
+    {"mudd_prepost_norm": True, "mudd_ffn_realloc": True},
 )
 STOCK = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_theta=5e5),
@@ -74,7 +76,7 @@ STOCK = {
 def why_not_from_zero(architecture: Architecture) -> str | None:
     """Why a plain Transformer cannot be imported as one; None: it can."""
     options = {**architecture.model_options, **architecture.start_options}
-    return architecture.zero_start(SimpleNamespace(**options))
+    return architecture.plain_start(SimpleNamespace(**options))
 
 
 FROM_ZERO = [a.name for a in all_architectures() if why_not_from_zero(a) is None]
@@ -102,6 +104,18 @@ def save_stock(kind: str, folder: Path, **changes) -> Path:
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(folder)
     return {key: checkpoint.read(key) for key in checkpoint.tensors}
+
+
+def read_layers(folder: Path) -> dict[str, torch.Tensor]:
+    """As `read_tensors`, every layer apart, also where layers are alike and stored in one."""
+    apart: dict[str, torch.Tensor] = {}
+    for key, tensor in read_tensors(folder).items():
+        if key.startswith("decoder.layers.") and not key.split(".")[2].isdigit():
+            name = key.removeprefix("decoder.layers.")
+            apart |= {f"decoder.layers.{n}.{name}": layer for n, layer in enumerate(tensor)}
+        else:
+            apart[key] = tensor
+    return apart
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -217,25 +231,29 @@ def test_megatron_computes_the_same(run, qwen, tmp_path, layout, architecture):
 
 
 @pytest.mark.parametrize("architecture", ADDING)
-def test_zeros_compute_the_transformer_and_learn(run, qwen, tmp_path, architecture):
+def test_the_start_computes_the_transformer_and_learns(run, qwen, tmp_path, architecture):
     folder, expected = qwen
     made = import_from_hf(folder, tmp_path / "start", architecture=architecture)
-    assert f"NOTE: what a {architecture} adds to a Transformer is zero" in str(made)
+    assert f"NOTE: what a {architecture} adds to a Transformer changes nothing yet" in str(made)
     export_to_hf(tmp_path / "start", tmp_path / "hf")
     config = config_class(architecture).from_pretrained(tmp_path / "hf")
     for name, value in find_architecture(architecture).start_options.items():
         assert getattr(config, name) == value
         assert f"{name} ({value})" in made.notes[0]
     torch.testing.assert_close(logits_of(tmp_path / "hf"), expected, rtol=1e-5, atol=1e-5)
-    own = {t.megatron for _, t in find_architecture(architecture).all_tensors(config)}
-    stored = read_tensors(tmp_path / "start")
+    stored = read_layers(tmp_path / "start")
+    like = {name.hf[0]: name.megatron for name in iterate_names(config)}
+    own = {
+        t.megatron: t.start(t.shape) if t.like is None else stored[like[t.like]]
+        for _, t in find_architecture(architecture).all_tensors(config)
+    }
     assert own
-    assert not any(stored[key].any() for key in own)
+    assert all(torch.equal(stored[key], start) for key, start in own.items())
     # a release is no finished run: --load goes on from it without --finetune too, and saves there
     run(1, made, "--load", tmp_path / "start", "--save", tmp_path / "start", "--train-iters", 4)
-    checkpoint = open_checkpoint(tmp_path / "start")
-    assert checkpoint.step == 4
-    learnt = [checkpoint.read(key).abs() for key in own]
+    assert open_checkpoint(tmp_path / "start").step == 4
+    stored = read_layers(tmp_path / "start")
+    learnt = [(stored[key] - start).abs() for key, start in own.items()]
     assert all(tensor.any() for tensor in learnt)
     # the steps of a single number may undo each other
     assert all(tensor.max() > 1e-3 for tensor in learnt if tensor.numel() > 1)
@@ -349,7 +367,10 @@ def test_command_line(qwen, tmp_path):
     own = ["--value-gate", "identity", "--value-gate-bias", "--value-residual-last-k", "2"]
     code, out, _ = run_tool(tool, [*flags, "--architecture", "satformer", *own])
     assert code == 0
-    assert "what a satformer adds to a Transformer is zero, value_residual_last_k (2)" in out
+    assert (
+        "what a satformer adds to a Transformer changes nothing yet, value_residual_last_k (2)"
+        in out
+    )
     args = open_checkpoint(tmp_path / "megatron").args
     assert (args.architecture, args.value_gate) == ("satformer", "identity")
     assert (args.value_gate_bias, args.value_residual_last_k) == (True, 2)

@@ -38,10 +38,22 @@ CASES = {
     },
     "resformer": {"model_type": "ResFormer", "num_kv_heads": 1, "value_residual_lambda2_init": 0.5},
     "transformer": {"model_type": "transformer", "qk_norm": False, "norm_eps": 1e-5},
+    "denseformer": {"model_type": "denseformer"},
+    "denseformer, 2 x 2": {
+        "model_type": "denseformer",
+        "num_kv_heads": 2,
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 5,
+        "dwa_dilation": 2,
+        "dwa_period": 2,
+    },
     "without residual": {"model_type": "SATFormer", "use_value_residual": False},
+    "streams": {"model_type": "dhc", "use_dynamic_hc": False, "expansion_rate": 3},
 }
+# Options of ours with which a model is theirs too.
+EXACT = {"hyperconnections": {"hc_dynamic": False}}
 THEIRS = [name for name in TABLE if find_architecture(name).paper is not None]
-# of each, the keys of its own in their config.json
+# of those that once had one class, the keys of their own in their config.json
 THEIR_OPTIONS = {
     "transformer": set(),
     "resformer": {"use_value_residual", "value_residual_last_k"},
@@ -101,10 +113,18 @@ def build_state(config: dict) -> dict[str, torch.Tensor]:
                 state[f"{mixer}.alpha_proj.bias"] = normal(groups)
         if n in mixing and config["model_type"] == "ResFormer":
             state[f"{mixer}.lambda2"] = normal(1, around=0.5)[0]
+        for kind in ("attn", "mlp") if config["model_type"] == "dhc" else ():
+            streams = config.get("expansion_rate", 4)
+            state[f"model.layers.{n}.{kind}_hc.static_beta"] = normal(streams, around=1.0)
+            identity = torch.eye(streams, 1 + streams).roll(1, 1)
+            state[f"model.layers.{n}.{kind}_hc.static_alpha"] = identity + normal(*identity.shape)
         state[f"model.layers.{n}.mlp_norm.weight"] = normal(h, around=1.0)
         state[f"{mlp}.gate_proj.weight"] = normal(ffn, h)
         state[f"{mlp}.up_proj.weight"] = normal(ffn, h)
         state[f"{mlp}.down_proj.weight"] = normal(h, ffn)
+        if config["model_type"] == "denseformer" and (n + 1) % config.get("dwa_period", 1) == 0:
+            count = (n + 1) // config.get("dwa_dilation", 1) + 1
+            state[f"model.dwa_modules.alphas.{n}.weight"] = normal(1, count)
     state["model.norm.weight"] = normal(h, around=1.0)
     if config["model_type"] == "ResFormer":
         state["model.lambda_manager.lambda_scale"] = torch.tensor(2.7)
@@ -134,22 +154,34 @@ GATES = {
 }
 
 
+def connect(p: dict, kind: str, streams: list[torch.Tensor], sublayer) -> list[torch.Tensor]:
+    """Residual streams [s, h] after a sublayer, one or as many as a connection mixes."""
+    if f"{kind}_hc.static_beta" not in p:
+        return [x + sublayer(x) for x in streams]
+    alpha = p[f"{kind}_hc.static_alpha"]
+    read, *kept = (sum(a * x for a, x in zip(column, streams, strict=True)) for column in alpha.T)
+    out = sublayer(read)
+    return [b * out + x for b, x in zip(p[f"{kind}_hc.static_beta"], kept, strict=True)]
+
+
 def paper_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
     """Ids [s] -> logits [s, vocab], as the paper's repository computes them."""
     heads, eps = config["num_heads"], config.get("norm_eps", 1e-6)
     groups = config["num_kv_heads"] or heads
     gate = GATES[config.get("value_residual_gate", "relu")]
     x = state["model.embeddings.weight"][ids]
-    v1 = None
-    for n in range(config["num_hidden_layers"]):
-        p = {k.split(f"layers.{n}.")[1]: v for k, v in state.items() if f"layers.{n}." in k}
+    streams, outputs = [x] * config.get("expansion_rate", 1), [x]
+    carried: list[torch.Tensor] = []
+
+    def attend(x: torch.Tensor, p: dict, n: int) -> torch.Tensor:
         normed = norm(x, p["attn_norm.weight"], eps)
         q, k, v = (
             F.linear(normed, p[f"attn.{name}_proj.weight"], p.get(f"attn.{name}_proj.bias"))
             for name in "qkv"
         )
         q, k, v = (y.view(len(ids), g, -1) for y, g in ((q, heads), (k, groups), (v, groups)))
-        v1 = v if n == 0 else v1
+        carried.append(v)
+        v1 = carried[0]
         if "attn.value_residual_mixing.alpha_proj.weight" in p:
             mixer = "attn.value_residual_mixing.alpha_proj"
             alpha = gate(F.linear(normed, p[f"{mixer}.weight"], p.get(f"{mixer}.bias")))
@@ -165,10 +197,23 @@ def paper_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("shd,thd->hst", q, k) / q.size(-1) ** 0.5
         scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
         out = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
-        x = x + out @ p["attn.o_proj.weight"].T
+        return out @ p["attn.o_proj.weight"].T
+
+    def feed(x: torch.Tensor, p: dict) -> torch.Tensor:
         normed = norm(x, p["mlp_norm.weight"], eps)
         up = F.silu(normed @ p["mlp.gate_proj.weight"].T) * (normed @ p["mlp.up_proj.weight"].T)
-        x = x + up @ p["mlp.down_proj.weight"].T
+        return up @ p["mlp.down_proj.weight"].T
+
+    for n in range(config["num_hidden_layers"]):
+        p = {k.split(f"layers.{n}.")[1]: v for k, v in state.items() if f"layers.{n}." in k}
+        streams = connect(p, "attn", streams, lambda x, p=p, n=n: attend(x, p, n))
+        streams = connect(p, "mlp", streams, lambda x, p=p: feed(x, p))
+        outputs.append(streams[0])
+        if (alphas := state.get(f"model.dwa_modules.alphas.{n}.weight")) is not None:
+            dilation = config.get("dwa_dilation", 1)
+            group = outputs[(n + 1) % dilation :: dilation]
+            streams = [sum(a * y for a, y in zip(alphas[0], group, strict=True))]
+    x = sum(streams)
     x = norm(x, state["model.norm.weight"], eps)
     return x @ state.get("lm_head.weight", state["model.embeddings.weight"]).T
 
@@ -205,7 +250,8 @@ def test_same_logits_and_every_bit_back(tmp_path, name):
     with torch.no_grad():
         actual = model(ids[None]).logits[0]
     assert expected.std() > 0.5
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * largest)
     if config["qk_norm"]:  # the epsilon is not lost on the way
         model.config.qk_norm_eps = 1e-6
         other = exported(model.config).eval()
@@ -222,6 +268,7 @@ def test_our_folder_there_and_back(tmp_path, architecture):
     """Mixed dtypes too: lambdas stay float32 in a bf16 model."""
     shape = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     options = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    options |= EXACT.get(architecture, {})
     config = config_class(architecture)(**shape, **options, qk_norm_eps=1e-5)
     model = model_class(architecture)(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -246,7 +293,18 @@ def test_another_architecture_is_refused(tmp_path):
         assert not (tmp_path / "paper").exists()
 
 
-@pytest.mark.parametrize("architecture", THEIRS)
+def test_streams_mixed_per_token_are_refused(tmp_path):
+    told = r"cannot be converted: hc_dynamic \(True\) must be False: .* a gain"
+    write_paper(tmp_path / "paper", model_type="dhc")
+    with pytest.raises(ValueError, match=told):
+        convert_from_paper(tmp_path / "paper", tmp_path / "hf")
+    save_exported(build_reference(architecture="hyperconnections"), tmp_path / "ours")
+    with pytest.raises(ValueError, match=told):
+        convert_to_paper(tmp_path / "ours", tmp_path / "theirs")
+    assert not {"hf", "theirs"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("architecture", THEIR_OPTIONS)
 def test_a_folder_from_before_each_architecture_had_its_class(tmp_path, architecture):
     """Its model_type was satformer's and its config.json had every option, whatever it was."""
     twin = build_reference(architecture=architecture, attention_bias=True)

@@ -206,3 +206,10 @@ def test_fully_sharded(architecture, on_ranks, tmp_path):
     losses = fully_sharded.train(whole, ids)
     assert losses[-1] < 0.9 * losses[0]
     on_ranks(2, f"{fully_sharded.__name__}:check", str(tmp_path), architecture, losses)
+
+
+def test_tensor_parallel_is_refused_where_heads_are_mixed(on_ranks, tmp_path):
+    """A router reads all KV heads, and each rank would have its own alone."""
+    _, model = build_pair(architecture="lime", vocab_size=68)
+    model.save_pretrained(tmp_path)
+    on_ranks(2, "tests.checkpoint.exported.tensor_parallel:check_refused", str(tmp_path), "lime")

@@ -1,7 +1,9 @@
-"""A SATFormer starts as the plain Transformer whose checkpoint it is given, and goes on alone."""
+"""A model starts as the plain Transformer whose checkpoint it is given, and goes on alone."""
 
 import pytest
+import torch
 
+from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
 from megatron_satformer.model.architectures import (
     PLAIN,
     TABLE,
@@ -9,13 +11,21 @@ from megatron_satformer.model.architectures import (
     find_architecture,
 )
 from tests.checkpoint.megatron.test_resharding import read_all
+from tests.models import build_config
 from tests.small import DO, PP2, SHAPE, TP2
 
 STEPS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CONFIG = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
 GQA = ["--group-query-attention", "--num-query-groups", "2"]
 VIRTUAL = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 AT_ZERO = "--architecture satformer --value-gate-init-std 0 --value-gate tanh".split()
+STARTABLE = [a.name for a in all_architectures() if a.from_transformer is None]
+# Flags with which the start is exactly the Transformer, where the defaults are not it.
+EXACT = {
+    "satformer": "--value-gate-init-std 0 --value-gate tanh",
+    "lime": "--lime-router-init identity",
+}
 LAYOUTS = {
     "one rank": (1, ""),
     "one rank, biases": (1, "--value-gate-bias"),
@@ -59,6 +69,29 @@ def test_starts_as_that_transformer(transformer, pretrain, tmp_path, layout):
     assert len(opened) == 3
     assert min(opened.values()) > 1e-3
     assert "WARNING: value_gate" not in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", STARTABLE)
+def test_starts_as_that_transformer_on_two_stages_of_two_ranks(
+    transformer, pretrain, tmp_path, architecture
+):
+    """And saves what a start of its own would: all that it adds has moved."""
+    flags, folder, losses = transformer
+    mine = ["--architecture", architecture, *EXACT.get(architecture, "").split()]
+    starting = ["--from-transformer", "--pretrained-checkpoint", folder, "--train-iters", STEPS]
+    saving = ["--save", tmp_path, "--load", tmp_path, "--save-interval", STEPS]
+    run = pretrain(4, *flags, *mine, *TP2.split(), *PP2.split(), *starting, *saving)
+    assert run.losses[0] == pytest.approx(losses[0], rel=1e-6)
+    assert run.losses[1:] != pytest.approx(losses[1:], rel=1e-6)
+    saved = open_checkpoint(tmp_path)
+    config = build_config(architecture, **CONFIG)
+    record = find_architecture(architecture)
+    own = record.by_key(config)
+    assert own
+    assert own.keys() <= saved.tensors.keys()
+    if not record.config.layers_alike:
+        assert not all(torch.equal(saved.read(key), t.start(t.shape)) for key, t in own.items())
 
 
 @pytest.mark.slow
@@ -126,7 +159,7 @@ REFUSED = {
 def test_which_can_start():
     """Those that this file tests, and reasons for the rest."""
     reasons = {name: find_architecture(name).from_transformer for name in TABLE}
-    assert [name for name, reason in reasons.items() if reason is None] == ["satformer"]
+    assert {*EXACT} < {*STARTABLE}
     assert reasons["resformer"] == "its lambdas start far from a Transformer's"
     assert reasons[PLAIN] == "it reads a Transformer's checkpoint as it is"
 

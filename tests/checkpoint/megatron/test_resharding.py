@@ -1,5 +1,6 @@
 """A checkpoint belongs to no layout: weights and moments move bit by bit, losses go on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def expected_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     model = WHOLE | {tensor.megatron: tensor.shape for _, tensor in added}
     for layer in range(LAYERS):
         model |= {f"decoder.layers.{layer}.{name}": shape for name, shape in LAYER.items()}
+    if config.layers_alike:  # one tensor of each kind, with a leading layer axis
+        stacked = {
+            re.sub(r"(layers\.)\d+\.", r"\1", k): (LAYERS, *s)
+            for k, s in model.items()
+            if ".layers." in k
+        }
+        model = {k: s for k, s in model.items() if ".layers." not in k} | stacked
     moments = {
         f"optimizer.state.{state}.{key}": shape
         for state in ("param", "exp_avg", "exp_avg_sq")

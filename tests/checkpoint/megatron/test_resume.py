@@ -78,6 +78,16 @@ def test_a_checkpoint_is_not_continued_as_another_model(started, pretrain, flags
     assert "which is (" in run.output
 
 
+def test_an_optimizer_is_not_continued_with_other_groups(started, pretrain):
+    """Megatron would look for the group of another learning rate in it, on every rank."""
+    common, _ = started("lime")
+    resumed = [flag for flag in common if flag not in ("--finetune", "--no-load-optim")]
+    run = pretrain(1, *resumed, "--lime-router-lr-mult", 5, code=2)
+    assert "lime_router_lr_mult (5.0) must be that of the checkpoint in load (" in run.output
+    assert "which is (10.0): it says how the optimizer" in run.output
+    pretrain(1, *common, "--lime-router-lr-mult", 5)  # with fresh moments
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -15,6 +15,11 @@ from tests.models import build_config
 ROOT = Path(__file__).resolve().parents[3]
 RANKS = "tests.model.ranks"
 SHAPE = {"num_layers": 4, "hidden_size": 24, "num_attention_heads": 4}
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 EVERY = pytest.mark.parametrize("architecture", TABLE)
 COMPARED = re.compile(r"architecture[\"')\]]*\s*(?:[=!]=\s*[\"'A-Z]|(?:not )?in [(\[{]\s*[\"'])")
 KNOWN = "|".join(TABLE)
@@ -37,6 +42,13 @@ def test_tensor_parallel_ranks_equal_the_twin(on_ranks, architecture):
     on_ranks(2, f"{RANKS}:equals_reference", {"architecture": architecture})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [{}, FULL], ids=["plain", "full recompute"])
+@EVERY
+def test_activations_grow_linearly_with_depth(on_ranks, architecture, recompute):
+    on_ranks(1, f"{RANKS}:held_grows_linearly", {"architecture": architecture} | recompute)
+
+
 @EVERY
 def test_layers_are_alike_exactly_without_tensors_of_their_own(architecture):
     config = build_config(architecture, **SHAPE)
@@ -51,7 +63,7 @@ def test_a_transformers_start(architecture):
     """What starts from zeros says so of the options that it starts with, and can be trained."""
     record = find_architecture(architecture)
     start = build_config(architecture, **SHAPE, **record.start_options)
-    assert record.zero_start(start) is None or record.from_transformer is not None
+    assert record.plain_start(start) is None or record.from_transformer is not None
 
 
 def test_the_readme_has_their_equations():
