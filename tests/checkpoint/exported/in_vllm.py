@@ -5,6 +5,7 @@
 One process serves folder after folder: starting it is what takes time. Both files are JSON.
 """
 
+import gc
 import json
 import os
 import sys
@@ -53,12 +54,15 @@ def main(request: str, target: str) -> None:
     answers = {}
     for name, case in asked["cases"].items():
         ExecutorWithExternalLauncher._distributed_args = join(case["port"])
+        llm = None
         try:
             llm = LLM(case["folder"], **asked["engine"] | case.get("engine", {}))
             answers[name] = answer(llm, asked["prompts"], asked["tokens"])
-            del llm
         except NotImplementedError as error:
             answers[name] = {"error": str(error)}
+        # Its end takes the process groups with it, which are then the next one's.
+        del llm
+        gc.collect()
     Path(target).write_text(json.dumps(answers))
 
 

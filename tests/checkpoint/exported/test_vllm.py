@@ -72,7 +72,9 @@ def _cells() -> Iterator[tuple[str, dict]]:
 CELLS = dict(_cells())
 # vLLM compiles a function of its sampler even then, which takes as long as all else
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}
-SPLIT = [name for name in CELLS if "softmax" in name]  # gates that need all heads together
+# what needs all heads together
+SPLIT = {name: "value_gate (softmax)" for name in CELLS if "softmax" in name}
+SPLIT["lime"] = "the router of a LIMe"
 SERVED = [name for name in CELLS if name in TABLE]
 COMPILED = "satformer"
 
@@ -211,11 +213,11 @@ def test_compiled_code_is_saved(alone):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_tensor_parallel(name, models, split):
-    """On each of two ranks; gates that need all heads together say so."""
+    """On each of two ranks; what needs all heads together says so."""
     for answers, _ in split:
         if name in SPLIT:
             assert answers[name] == {
-                "error": "value_gate (softmax) needs all KV heads together; tensor parallelism has "
+                "error": f"{SPLIT[name]} needs all KV heads together; tensor parallelism has "
                 "split them. Use one rank."
             }
         else:
