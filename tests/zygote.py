@@ -1,9 +1,11 @@
 """A process that has imported torch and Megatron once and forks the ranks of every test.
 
 Reads one JSON job per line from stdin, {"ranks", "call" or "argv", "log", "port"}, and answers each
-with one line, the list of exit codes. Computes nothing itself, so that forking stays safe.
+with one line, the list of exit codes. Computes nothing itself, so that forking stays safe. Where
+an import has started CUDA, which does not survive a fork, ranks import for themselves.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -15,10 +17,12 @@ import signal
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 # The slow imports, once.
 import megatron.core.tokenizers.text.text_tokenizer  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
+import torch
+import torch.utils.tensorboard
 import transformers.configuration_utils  # noqa: F401
 from megatron.training.global_vars import get_tensorboard_writer
 
@@ -27,16 +31,19 @@ import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer import arguments
 
 GRACE = 30
+SCRIPT = __file__
 # Megatron reads its own source for the help texts at every parse.
 inspect.getsource = functools.cache(inspect.getsource)
+JOB = sys.argv[1:]
 sys.argv[1:] = []
 arguments.preview_arguments()
 
 
 def _serve() -> None:
+    forking = _cuda_survives_a_fork()
     for line in sys.stdin:
         job = json.loads(line)
-        children = [_fork(rank, job) for rank in range(job["ranks"])]
+        children = [_fork(rank, job, forking) for rank in range(job["ranks"])]
         codes = _wait(children)
         print(json.dumps([codes[pid] for pid in children]), flush=True)
 
@@ -61,7 +68,17 @@ def _wait(children: list[int]) -> dict[int, int | None]:
     return codes
 
 
-def _fork(rank: int, job: dict) -> int:
+def _cuda_survives_a_fork() -> bool:
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == 0
+    works = not os.path.exists("/dev/nvidiactl")
+    with contextlib.suppress(RuntimeError):
+        works = works or torch.zeros(1, device="cuda").item() == 0
+    os._exit(not works)
+
+
+def _fork(rank: int, job: dict, forking: bool) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -77,6 +94,12 @@ def _fork(rank: int, job: dict) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(job["port"]),
     }
+    if not forking:
+        os.execv(sys.executable, [sys.executable, "-W", "ignore", SCRIPT, json.dumps(job)])
+    return _run(job)
+
+
+def _run(job: dict) -> NoReturn:
     try:
         if "argv" in job:
             sys.argv = ["pretrain_satformer.py", *job["argv"]]
@@ -101,4 +124,6 @@ def _fork(rank: int, job: dict) -> int:
 
 if __name__ == "__main__":
     del __file__  # or every save would import this script again, in a helper process
+    if JOB:
+        _run(json.loads(JOB[0]))
     _serve()

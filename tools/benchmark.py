@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bf16", action="store_true", help="bf16 weights and activations")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"])
+    parser.add_argument(
+        "--transformer-impl",
+        choices=["auto", "local", "transformer_engine"],
+        help="auto: Transformer Engine where there is one and a GPU",
+    )
     parser.add_argument("--json", metavar="FILE", default=None, help="also write figures to FILE")
     return parser
 

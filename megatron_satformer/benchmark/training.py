@@ -5,6 +5,7 @@ memory is taken per architecture: on a GPU from the allocator, on the CPU as the
 of a process of its own, above what it held before the model was built.
 """
 
+import gc
 import statistics
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
+from megatron_satformer.benchmark.utilization import count_training_flops, peak_flops
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture
 
@@ -37,6 +39,7 @@ class BenchmarkOptions:
     steps: int = 3
     bf16: bool = False
     device: str = "auto"
+    transformer_impl: str = "auto"
 
 
 class _Trainer:
@@ -77,8 +80,11 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         Options, device, and per architecture the median, minimum and maximum step time (ms), the
         peak memory (MiB), and median and peak over those of the first one.
     """
-    memory = [measure_in_own_process(_peak_memory, options, a) for a in options.architectures]
     cuda = _start(options.device)
+    if cuda:
+        memory = [_peak_on_gpu(options, a) for a in options.architectures]
+    else:
+        memory = [measure_in_own_process(_peak_on_cpu, options, a) for a in options.architectures]
     trainers = [_Trainer(options, architecture) for architecture in options.architectures]
     times: list[list[float]] = [[] for _ in trainers]
     for trainer in trainers:
@@ -87,18 +93,26 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         for trainer, taken in zip(trainers, times, strict=True):
             taken += [trainer.step() for _ in range(options.steps)]
     torch.distributed.destroy_process_group()
-    rows: list[dict[str, Any]] = [
-        {
-            "architecture": architecture,
-            "median_ms": statistics.median(taken) * 1e3,
-            "min_ms": min(taken) * 1e3,
-            "max_ms": max(taken) * 1e3,
-            "peak_mib": peak / 2**20,
-            "step_time_ratio": statistics.median(taken) / statistics.median(times[0]),
-            "peak_memory_ratio": peak / memory[0] if memory[0] else None,
-        }
-        for architecture, taken, peak in zip(options.architectures, times, memory, strict=True)
-    ]
+    tokens = options.micro_batch_size * options.seq_length
+    flops = tokens * count_training_flops(options)
+    most = peak_flops(torch.cuda.get_device_name()) if cuda and options.bf16 else None
+    rows: list[dict[str, Any]] = []
+    for architecture, taken, peak in zip(options.architectures, times, memory, strict=True):
+        median = statistics.median(taken)
+        rows.append(
+            {
+                "architecture": architecture,
+                "median_ms": median * 1e3,
+                "min_ms": min(taken) * 1e3,
+                "max_ms": max(taken) * 1e3,
+                "tokens_per_s": tokens / median,
+                "tflops_per_s": flops / median / 1e12,
+                "mfu": flops / median / most if most else None,
+                "peak_mib": peak / 2**20,
+                "step_time_ratio": median / statistics.median(times[0]),
+                "peak_memory_ratio": peak / memory[0] if memory[0] else None,
+            }
+        )
     return {
         "options": vars(options),
         "device": torch.cuda.get_device_name()
@@ -112,30 +126,42 @@ def format_table(figures: dict[str, Any]) -> str:
     """The figures of `run_benchmark` as a table."""
     lines = [f"device: {figures['device']}"]
     lines.append(
-        f"{'':<18}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'peak MiB':>11}{'ratio':>8}"
+        f"{'':<18}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'tokens/s':>11}{'MFU':>7}"
+        f"{'peak MiB':>11}{'ratio':>8}"
     )
     for row in figures["measured"]:
-        memory = row["peak_memory_ratio"]
         lines.append(
             f"{row['architecture']:<18}{row['median_ms']:>11.1f}{row['min_ms']:>9.1f}"
-            f"{row['max_ms']:>9.1f}{row['step_time_ratio']:>8.3f}{row['peak_mib']:>11.1f}"
-            + (f"{memory:>8.3f}" if memory is not None else f"{'':>8}")
+            f"{row['max_ms']:>9.1f}{row['step_time_ratio']:>8.3f}{row['tokens_per_s']:>11.0f}"
+            + (f"{row['mfu']:>7.3f}" if row["mfu"] else f"{'':>7}")
+            + f"{row['peak_mib']:>11.1f}"
+            + (f"{row['peak_memory_ratio']:>8.3f}" if row["peak_memory_ratio"] else "")
         )
     return "\n".join(lines)
 
 
-def _peak_memory(options: BenchmarkOptions, architecture: str) -> int:
+def _peak_on_gpu(options: BenchmarkOptions, architecture: str) -> int:
+    """Bytes that the allocator gave out for training at its peak."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = _Trainer(options, architecture)
+    for _ in range(MEMORY_STEPS):
+        trainer.step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(options: BenchmarkOptions, architecture: str) -> int:
     """Bytes that this process needs for training at its peak, beyond the imported libraries."""
-    cuda = _start(options.device)
+    _start(options.device)
     _Trainer(options, architecture)  # whatever the first model imports is not the model's
     before = resident("VmRSS")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     trainer = _Trainer(options, architecture)
     for _ in range(MEMORY_STEPS):
         trainer.step()
     torch.distributed.destroy_process_group()
-    return torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def _start(device: str) -> bool:
@@ -160,7 +186,10 @@ def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Modul
         build_layer_spec,
     )
 
-    engine = torch.cuda.device_count() > 0 and has_transformer_engine()
+    impl = options.transformer_impl
+    if impl == "auto":
+        engine = torch.cuda.device_count() > 0 and has_transformer_engine()
+        impl = "transformer_engine" if engine else "local"
     config = find_architecture(architecture).config(
         architecture=architecture,
         num_layers=options.num_layers,
@@ -176,7 +205,7 @@ def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Modul
         qk_layernorm=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        transformer_impl="transformer_engine" if engine else "local",
+        transformer_impl=impl,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         bf16=options.bf16,
     )

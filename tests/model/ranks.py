@@ -1,4 +1,7 @@
-"""What tests of the model run on forked ranks (see tests/zygote.py): real modules, gloo, fp32."""
+"""What tests of the model run on forked ranks (see tests/zygote.py): real modules, gloo, fp32.
+
+On a GPU, as tests/gpu/ does, with NCCL.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -35,9 +38,9 @@ SHAPE = {
 RTOL = 1e-5  # of the largest element; in fp32 the two sides add up in different orders
 
 
-def start(tp: int = 1) -> None:
-    choose_device("cpu")
-    torch.distributed.init_process_group("gloo")
+def start(tp: int = 1, device: str = "cpu") -> None:
+    cuda = choose_device(device)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(1234)
@@ -72,10 +75,13 @@ def build(options: dict[str, Any], tied: bool = True) -> Any:
         share_embeddings_and_output_weights=tied,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return finish_chunks([DecoderModelBuilder(model_config).build_model(groups, True, True)])[0]
+    model = DecoderModelBuilder(model_config).build_model(groups, True, True).cuda()
+    return finish_chunks([model])[0]
 
 
-def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[Any, Any]:
+def build_reference(
+    options: dict[str, Any], tied: bool = True, scale: float = 0.2
+) -> tuple[Any, Any]:
     """The plain twin, its weights large enough that every path matters, and its exported config."""
     shape = SHAPE | options
     architecture = shape.get("architecture", "satformer")
@@ -83,7 +89,7 @@ def build_reference(options: dict[str, Any], tied: bool = True) -> tuple[Any, An
     model = build_twin(
         architecture,
         seed=5,
-        scale=0.2,
+        scale=scale,
         vocab_size=VOCABULARY,
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["ffn_hidden_size"],
@@ -145,8 +151,9 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_loss(model: Any) -> torch.Tensor:
-    inputs, labels = tokens()
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    device = next(model.parameters()).device
+    inputs, labels = (ids.to(device) for ids in tokens())
+    positions = torch.arange(SEQUENCE, device=device).expand(BATCH, -1)
     return model(inputs, positions, None, labels=labels).mean()
 
 
