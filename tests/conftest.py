@@ -75,16 +75,20 @@ class Zygote:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.jobs = 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        errors = (folder / "zygote").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(ROOT / "tests" / "zygote.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             text=True,
             cwd=ROOT,
             env=environment,
         )
+        if self.process.stdout.readline() != "ready\n":
+            raise RuntimeError((folder / "zygote").read_text()[-3000:])
 
     def run(self, ranks: int, **job: object) -> Run:
         """Run `argv` of pretrain_satformer.py, or `call` "module:function" with `args`."""

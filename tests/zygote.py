@@ -1,7 +1,7 @@
 """A process that has imported torch and Megatron once and forks the ranks of every test.
 
 Reads one JSON job per line from stdin, {"ranks", "call" or "argv", "log", "port"}, and answers each
-with one line, the list of exit codes. Computes nothing itself, so that forking stays safe. Where
+with one line, the list of exit codes, once it has said that it is ready. Computes nothing itself, so that forking stays safe. Where
 an import has started CUDA, which does not survive a fork, ranks import for themselves.
 """
 
@@ -41,6 +41,7 @@ arguments.preview_arguments()
 
 def _serve() -> None:
     forking = _cuda_survives_a_fork()
+    print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         children = [_fork(rank, job, forking) for rank in range(job["ranks"])]
