@@ -170,7 +170,7 @@ def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = content.get("model_type")
-    if kind in {a.paper.model_type for a in all_architectures() if a.paper is not None}:
+    if kind in {layout.model_type for a in all_architectures() for layout in a.paper}:
         raise ValueError(
             f"model_type ({kind}) of {folder} is the paper's own layout. Convert it with "
             "from-paper first."

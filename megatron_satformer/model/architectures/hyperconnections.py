@@ -30,12 +30,8 @@ from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
-from megatron_satformer.model.architectures.record import (
-    Architecture,
-    Carry,
-    OwnTensor,
-    PaperLayout,
-)
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.model.mixing import mix, normed_product
 from megatron_satformer.unsupported import Row
@@ -279,12 +275,12 @@ def _tensors(options: Any, q: int) -> list[tuple[str, tuple[int, ...], Start]]:
     ]
 
 
-def _has_a_gain(options: Any) -> str | None:
-    if not options.hc_dynamic:
+def _has_no_gain(options: Any) -> str | None:
+    if not options.hc_dynamic or options.hc_form == "baseline":
         return None
     return (
-        "hc_dynamic (True) must be False: in the paper's repository the norm of the streams has a "
-        "gain and an epsilon of its own; only weights that all tokens share are the same there"
+        f"hc_form ({options.hc_form}) must be baseline: in the paper's repository the norm of the "
+        f"streams has a gain, and the epsilon {BASELINE_EPS:.3g}"
     )
 
 
@@ -322,15 +318,21 @@ HYPERCONNECTIONS = Architecture(
     ),
     defaults=lambda preview: {"bias_dropout_fusion": False},  # of an add that does not happen
     from_transformer=None,
-    paper=PaperLayout(
-        "dhc",
-        "HyperConnections",
-        shapes=lambda options: {"static_alpha": (options.hc_streams, 1 + options.hc_streams)},
-        options={
-            "hc_streams": "expansion_rate",
-            "hc_dynamic": "use_dynamic_hc",
-            "hc_tanh": "use_tanh",
-        },
-        refuse=_has_a_gain,
+    paper=(
+        PaperLayout(
+            "dhc",
+            "HyperConnectionsForCausalLM",
+            names={"norm_gain": "norm.weight"},
+            shapes=lambda options: {"static_alpha": (options.hc_streams, -1), "beta_proj": (-1,)},
+            options={
+                "hc_streams": "expansion_rate",
+                "hc_dynamic": "use_dynamic_hc",
+                "hc_tanh": "use_tanh",
+            },
+            read=lambda theirs: {"hc_form": "baseline" if theirs["use_dynamic_hc"] else "paper"},
+            fixed=lambda options: {"hc_norm_type": "rms"},
+            allowed=lambda theirs: {"hc_norm_type": ("rms",)} if theirs["use_dynamic_hc"] else {},
+            refuse=_has_no_gain,
+        ),
     ),
 )

@@ -37,6 +37,7 @@ from megatron_satformer.model.architectures.mudd_sums import (
     Aggregate,
     aggregate_tensors,
 )
+from megatron_satformer.model.architectures.muddformer_layouts import BASELINE, RELEASED
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.ways import NORM_KEYS, WayLinears, WayNorms, split_by_head
 from megatron_satformer.unsupported import Row
@@ -308,4 +309,5 @@ MUDDFORMER = Architecture(
     ),
     plain_start=why_not_plain,
     from_transformer=None,
+    paper=(BASELINE, RELEASED),
 )
