@@ -19,6 +19,7 @@ LAYOUT = "--pipeline-model-parallel-layout"
 GQA2 = "--group-query-attention --num-query-groups 2"
 SUMS_2X3 = "--dwa-dilation 2 --dwa-period 3"
 NORMED_SUMS = "--mudd-prepost-norm --mudd-ffn-realloc --ffn-hidden-size 512 --optimizer sgd"
+NORMED_SUMS += " --mudd-form baseline"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 

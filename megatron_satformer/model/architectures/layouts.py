@@ -34,7 +34,7 @@ class Repository:
 
 
 PAPER = Repository(
-    name="the paper's repository",
+    name="the paper's repository (arXiv 2605.03953)",
     sign=None,
     names={
         r"model\.embed_tokens\.": "model.embeddings.",

@@ -57,7 +57,7 @@ BASELINE = PaperLayout(
 )
 
 AUTHORS = Repository(
-    name="its authors' repository",
+    name="its authors' repository (arXiv 2502.12170)",
     sign="dim",
     names={
         r"model\.embed_tokens\.": "tok_embeddings.",

@@ -329,7 +329,9 @@ def test_gains_that_become_one_tensor_have_one_dtype(tmp_path):
 def test_ours_that_neither_repository_has_is_refused(tmp_path):
     save_exported(build_reference(architecture="muddformer"), tmp_path / "hf")
     baseline = r"mudd_form \(paper\) must be baseline: .*"
-    released = r"its authors' repository: mudd_ffn_realloc \(False\) must be True"
+    released = (
+        r"its authors' repository \(arXiv 2502\.12170\): mudd_ffn_realloc \(False\) must be True"
+    )
     with pytest.raises(ValueError, match=baseline + released):
         convert_to_paper(tmp_path / "hf", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
