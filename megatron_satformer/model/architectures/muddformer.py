@@ -180,7 +180,7 @@ class MuddFormerLayer(ExtendedLayer):
             submodules = replace(submodules, mlp=partial(self._build_mlp, submodules.mlp))
         super().__init__(config, submodules, *args, **kwargs)
         n = self.layer_number
-        self._norms_were_one = False
+        self._norms_were_one = config.expects_transformer
         if n > 1:
             reads = aggregate_tensors(config, n - 1)
             self.aggregate = Aggregate(config, NUM_WAYS, reads, self.tp_group)
@@ -227,14 +227,6 @@ class MuddFormerLayer(ExtendedLayer):
             return hidden_states, history
         (residual,) = self.final_aggregate((*history, hidden_states))
         return residual, ()
-
-    # ExtendedLayer's: with it, remembers that a Transformer's norm is read for all three.
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        """As ExtendedLayer's."""
-        self._norms_were_one = self.config.expects_transformer
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
 @torch.no_grad()
