@@ -1,4 +1,4 @@
-"""Converts checkpoints between Megatron, Hugging Face and the paper's own layout, on the CPU."""
+"""Converts checkpoints between Megatron, Hugging Face and others' layouts, on the CPU."""
 
 import argparse
 import sys
@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_satformer.cli import ToolParser, run_tool
 
 DTYPES = ("bf16", "fp16", "fp32")
-OURS, THEIRS = "Hugging Face folder", "folder in the layout of the paper's own repository"
+OURS = "Hugging Face folder"
+THEIRS = "folder in the layout of the paper's own repository, or of an architecture's authors"
 
 
 def _parser() -> ToolParser:

@@ -19,6 +19,7 @@ LAYOUT = "--pipeline-model-parallel-layout"
 GQA2 = "--group-query-attention --num-query-groups 2"
 SUMS_2X3 = "--dwa-dilation 2 --dwa-period 3"
 NORMED_SUMS = "--mudd-prepost-norm --mudd-ffn-realloc --ffn-hidden-size 512 --optimizer sgd"
+NORMED_SUMS += " --mudd-form baseline"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
@@ -29,6 +30,7 @@ MIXING = tuple(a.name for a in all_architectures() if "value_residual_last_k" in
 WITH_HEADS = tuple(a.name for a in all_architectures() if carries(a).heads)
 DILATED = tuple(a.name for a in all_architectures() if "dwa_dilation" in a.own_options)
 NORMED = tuple(a.name for a in all_architectures() if "mudd_prepost_norm" in a.own_options)
+STREAMED = tuple(a.name for a in all_architectures() if "hc_form" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
@@ -144,6 +146,13 @@ ROWS = (
         f"{PP2} {VIRTUAL} {UNIFORM}".replace("layers 2", "layers 1"),
         NORMED_SUMS,
         NORMED,
+    ),
+    Row(
+        "TP2 x PP2 + SP, streams normed with a gain",
+        4,
+        f"{TP2} {PP2} {SP}",
+        "--hc-form baseline",
+        STREAMED,
     ),
     *(
         Row(f"TP2, {gate} gate", 2, TP2, f"--value-gate {gate}", GATED)

@@ -1,8 +1,9 @@
-"""Between the layout of the paper's own repository and our Hugging Face folder, bit for bit.
+"""Between the layout of another repository and our Hugging Face folder, bit for bit.
 
-The other layout is a folder of config.json and model.safetensors or pytorch_model.bin, with names
-of its own for keys and options. Tensors keep their dtype; options that ours has no place for are
-carried along in config.json, so that the way back gives the same file.
+The other layout, declared in an architecture's record, is a folder of config.json and
+model.safetensors or pytorch_model.bin, with names of its own for keys and options. Tensors keep
+their dtype; options that ours has no place for are carried along in config.json, so that the way
+back gives the same file.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,73 +32,13 @@ from megatron_satformer.model.architectures import (
     all_architectures,
     find_architecture,
 )
-from megatron_satformer.model.architectures.record import PaperLayout
+from megatron_satformer.model.architectures.layouts import PAPER, PaperLayout
 
-EMBEDDING = "model.embed_tokens.weight"
-# The epsilon of QK-norm there, whatever norm_eps says.
-QK_NORM_EPS = 1e-5
-# pattern in our name -> theirs; those of an architecture's own tensors are in its record
-RENAMED = {
-    r"model\.embed_tokens\.": "model.embeddings.",
-    r"\.input_layernorm\.": ".attn_norm.",
-    r"\.post_attention_layernorm\.": ".mlp_norm.",
-    r"\.self_attn\.": ".attn.",
-}
-# our field -> theirs, where the value is the same
-FIELDS = {
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "attention_bias": "qkv_bias",
-    "qk_norm": "qk_norm",
-    "max_position_embeddings": "max_position_embeddings",
-    "intermediate_size": "intermediate_size",
-    "initializer_range": "initializer_range",
-    "rms_norm_eps": "norm_eps",
-    "use_cache": "use_cache",
-    "pad_token_id": "pad_token_id",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "vocab_size": "vocab_size",
-}
-# what their classes take a missing key for
-DEFAULTS: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_heads": 32,
-    "num_kv_heads": None,
-    "qkv_bias": False,
-    "qk_norm": False,
-    "window_size": None,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 2048,
-    "hidden_ratio": 4,
-    "intermediate_size": None,
-    "hidden_act": "swish",
-    "initializer_range": 0.02,
-    "norm_eps": 1e-6,
-    "use_cache": True,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "vocab_size": 32000,
-    "use_value_residual": True,
-    "value_residual_gate": "relu",
-    "value_residual_proj_bias": False,
-    "value_residual_last_k": None,
-    "dwa_dilation": 1,
-    "dwa_period": 1,
-    "expansion_rate": 4,
-    "use_dynamic_hc": True,
-    "use_tanh": True,
-}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MULTIPLE = 256  # of an MLP's width that they derive
 CARD = """# {architecture}
 
-Converted from the layout of the paper's own repository (arXiv 2605.03953), bit for bit.
+Converted from the layout of {repository}, bit for bit.
 Needs torch and transformers >= 5.4: `AutoModelForCausalLM.from_pretrained(folder,
 trust_remote_code=True)`.
 """
@@ -146,24 +87,24 @@ def convert_from_paper(load: Path, save: Path, overwrite: bool = False) -> Conve
     check_target(save, CONFIG, overwrite)
     folder = open_hf_folder(load)
     config = build_config(folder.config, str(load))
+    layout, sources = _find_layout(config, str(load)), _sources_of_ours(config)
     if config.tie_word_embeddings:
-        folder = folder.without_tied("lm_head.weight", rename(EMBEDDING, config))
-    shapes = model_shapes(config)
-    names = {name: rename(name, config) for name in shapes}
-    folder.check(_their_shapes(config), f"this {folder.config['model_type']}")
-    config.dtype = folder.find_dtype(names[EMBEDDING])
+        folder = folder.without_tied(*(rename(name, config) for name in (HEAD, EMBEDDING)))
+    theirs = {name: source.shape for name, source in _sources_of_theirs(config).items()}
+    folder.check(theirs, f"this {folder.config['model_type']}")
+    config.dtype = folder.find_dtype(rename(EMBEDDING, config))
     config.architectures = [model_class(config.architecture).__name__]
     if build_paper_config(config) != folder.config:
         config.paper_config = folder.config
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
-        size = _copy_weights(folder, names, shapes, partial, parse_shard_size("5GB"))
+        size = _copy_weights(folder, sources, partial, parse_shard_size("5GB"))
         write_config(config, config, partial)
         folder.copy_tokenizer(partial)
-        card = CARD.format(architecture=config.architecture)
+        card = CARD.format(architecture=config.architecture, repository=layout.repository.name)
         (partial / "README.md").write_text(card, encoding="utf-8")
     kind = str(folder.config["model_type"])
-    parameters = sum(map(math.prod, shapes.values()))
+    parameters = sum(map(math.prod, theirs.values()))
     return Conversion(save, kind, parameters, size, time.perf_counter() - start)
 
 
@@ -187,8 +128,7 @@ def convert_to_paper(
     config = read_config(folder)
     notes = _check_representable(config, str(load), accept_qk_norm_eps)
     folder = check_tensors(folder, config)
-    shapes = _their_shapes(config)
-    names = {rename(name, config): name for name in model_shapes(config)}
+    sources = _sources_of_theirs(config)
     config.dtype = folder.find_dtype(EMBEDDING)
     content = build_paper_config(config)
     original = getattr(config, "paper_config", getattr(config, "reference_config", None))
@@ -197,11 +137,11 @@ def convert_to_paper(
     with written_atomically(save) as partial:
         check_target(save, CONFIG, overwrite)
         # one file: their loader knows no index
-        size = _copy_weights(folder, names, shapes, partial, 1 << 60)
+        size = _copy_weights(folder, sources, partial, 1 << 60)
         (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         folder.copy_tokenizer(partial)
     kind = str(content["model_type"])
-    parameters = sum(map(math.prod, shapes.values()))
+    parameters = sum(math.prod(source.shape) for source in sources.values())
     seconds = time.perf_counter() - start
     return Conversion(save, kind, parameters, size, seconds, tuple(notes))
 
@@ -216,27 +156,26 @@ def build_config(content: Mapping[str, Any], where: str) -> Any:
     Raises:
         ValueError: Names the option that our classes have no equal for.
     """
-    kind = content.get("model_type")
-    layouts = {a.paper.model_type: a.name for a in all_architectures() if a.paper is not None}
-    if kind not in layouts:
-        raise ValueError(
-            f"model_type ({kind}) of {where} must be {' or '.join(layouts)}, as in the paper's "
-            "repository."
-        )
-    theirs = DEFAULTS | dict(content)
-    architecture = layouts[str(kind)] if theirs["use_value_residual"] else PLAIN
-    _check_computed(theirs, where)
-    fields = {ours: theirs[name] for ours, name in FIELDS.items()}
+    layout, architecture = _recognise(content, where)
+    repository = layout.repository
+    theirs = {**repository.defaults, **content}
+    if not theirs.get("use_value_residual", True):
+        layout, architecture = find_architecture(PLAIN).paper[0], PLAIN
+    _check_computed(theirs, layout, where)
+    fields = {ours: theirs[name] for ours, name in {**repository.fields, **layout.options}.items()}
+    fields |= layout.read(theirs)
     if fields["intermediate_size"] is None:
-        fields["intermediate_size"] = _derive_width(theirs["hidden_size"], theirs["hidden_ratio"])
-    fields |= {ours: theirs[name] for ours, name in _paper(architecture).options.items()}
+        fields["intermediate_size"] = _derive_width(fields["hidden_size"], theirs["hidden_ratio"])
     last_k = fields.get("value_residual_last_k")
     if last_k is not None and last_k >= fields["num_hidden_layers"]:
         fields["value_residual_last_k"] = None
-    eps = QK_NORM_EPS if theirs["qk_norm"] and theirs["norm_eps"] != QK_NORM_EPS else None
-    rope = {"rope_type": "default", "rope_theta": float(theirs["rope_theta"])}
+    eps = repository.qk_norm_eps
+    eps = eps if fields["qk_norm"] and fields["rms_norm_eps"] != eps else None
+    rope = {"rope_type": "default", "rope_theta": float(theirs[repository.rope_theta])}
     config = config_class(architecture)(**fields, qk_norm_eps=eps, rope_parameters=rope)
-    _check_own_options(config, where)
+    reason = layout.refuse(config)
+    if reason is not None:
+        raise ValueError(f"{where} cannot be converted: {reason}.")
     return config
 
 
@@ -247,86 +186,106 @@ def build_paper_config(config: Any) -> dict[str, Any]:
         config: Of a model that `convert_to_paper` does not refuse.
     """
     assert config.rope_parameters is not None
-    paper = _paper(config.architecture)
-    content: dict[str, Any] = {"architectures": [f"{paper.class_name}ForCausalLM"]}
-    content["model_type"] = paper.model_type
-    content |= {name: getattr(config, ours) for ours, name in {**FIELDS, **paper.options}.items()}
-    content |= {"hidden_act": "swish", "window_size": None}
-    content["rope_theta"] = config.rope_parameters["rope_theta"]
+    layout = _find_layout(config)
+    repository = layout.repository
+    content: dict[str, Any] = {"architectures": [layout.class_name]}
+    content["model_type"] = layout.model_type
+    fields = {**repository.fields, **layout.options}
+    content |= {name: getattr(config, ours) for ours, name in fields.items()}
+    content |= {name: values[0] for name, values in repository.allowed.items()}
+    content[repository.rope_theta] = config.rope_parameters["rope_theta"]
     content["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    return content | dict(paper.fixed)
+    return content | dict(layout.fixed(config))
 
 
-def _paper(architecture: str) -> PaperLayout:
-    """How that repository stores an architecture.
+def _recognise(content: Mapping[str, Any], where: str) -> tuple[PaperLayout, str]:
+    """The layout of a config.json, and the architecture that has it."""
+    kind, found = content.get("model_type"), None
+    layouts = [(layout, a.name) for a in all_architectures() for layout in a.paper]
+    for layout, architecture in layouts:
+        sign = layout.repository.sign
+        if layout.model_type == kind and (sign is None or sign in content):
+            found = layout, architecture
+    if found is None:
+        kinds = dict.fromkeys(layout.model_type for layout, _ in layouts)
+        raise ValueError(
+            f"model_type ({kind}) of {where} must be {' or '.join(kinds)}, as in the paper's "
+            "repository."
+        )
+    return found
+
+
+def _find_layout(config: Any, where: str = "") -> PaperLayout:
+    """How another repository stores a model.
 
     Raises:
-        ValueError: It does not.
+        ValueError: None does, or what of it is computed otherwise there.
     """
-    layout = find_architecture(architecture).paper
-    if layout is None:
+    layouts = find_architecture(config.architecture).paper
+    if not layouts:
         raise ValueError(
-            f"architecture ({architecture}) must be one of the paper's repository to be converted "
-            "to its layout."
+            f"architecture ({config.architecture}) must be one of the paper's repository to be "
+            "converted to its layout."
         )
-    return layout
+    refused = {layout.repository.name: layout.refuse(config) for layout in layouts}
+    for layout in layouts:
+        if refused[layout.repository.name] is None:
+            return layout
+    reasons = "; and for the layout of ".join(
+        f"{name}: {reason}" if n else str(reason)
+        for n, (name, reason) in enumerate(refused.items())
+    )
+    raise ValueError(f"{where} cannot be converted: {reasons}.")
 
 
-def _check_computed(theirs: Mapping[str, Any], where: str) -> None:
-    if theirs["window_size"] is not None:
+def _check_computed(theirs: Mapping[str, Any], layout: PaperLayout, where: str) -> None:
+    repository = layout.repository
+    for name, values in {**repository.allowed, **layout.allowed(theirs)}.items():
+        if theirs[name] not in values:
+            raise ValueError(
+                f"{name} ({theirs[name]}) of {where} must be {' or '.join(map(str, values))}: ours "
+                "computes nothing else."
+            )
+    if theirs[repository.rope_theta] is None:
+        raise ValueError(f"{repository.rope_theta} (None) of {where} must be a number.")
+    size, heads = (repository.fields[name] for name in ("hidden_size", "num_attention_heads"))
+    if theirs[size] % theirs[heads]:
         raise ValueError(
-            f"window_size ({theirs['window_size']}) of {where} must be null: ours has none."
+            f"{size} ({theirs[size]}) of {where} must be a multiple of {heads} ({theirs[heads]})."
         )
-    if theirs["hidden_act"] not in ("swish", "silu"):
-        raise ValueError(
-            f"hidden_act ({theirs['hidden_act']}) of {where} must be swish, as in ours."
-        )
-    if theirs["rope_theta"] is None:
-        raise ValueError(f"rope_theta (None) of {where} must be a number.")
-    if theirs["hidden_size"] % theirs["num_heads"]:
-        raise ValueError(
-            f"hidden_size ({theirs['hidden_size']}) of {where} must be a multiple of num_heads "
-            f"({theirs['num_heads']})."
-        )
-
-
-def _check_own_options(config: Any, where: str) -> None:
-    reason = _paper(config.architecture).refuse(config)
-    if reason is not None:
-        raise ValueError(f"{where} cannot be converted: {reason}.")
 
 
 def _check_representable(config: Any, where: str, accept: bool) -> list[str]:
+    repository = _find_layout(config, where).repository
     heads = config.num_attention_heads
     if config.head_dim * heads != config.hidden_size:
         raise ValueError(
             f"head_dim ({config.head_dim}) of {where} must be hidden_size / num_attention_heads "
-            f"({config.hidden_size} / {heads}): the paper's repository knows no other."
+            f"({config.hidden_size} / {heads}): {repository.name} knows no other."
         )
     if config.attention_dropout:
         raise ValueError(
-            f"attention_dropout ({config.attention_dropout}) of {where} must be 0: the paper's "
-            "repository has none."
+            f"attention_dropout ({config.attention_dropout}) of {where} must be 0: "
+            f"{repository.name} has none."
         )
-    _check_own_options(config, where)
     eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-    if not config.qk_norm or eps == QK_NORM_EPS:
+    there = repository.qk_norm_eps or config.rms_norm_eps
+    if not config.qk_norm or eps == there:
         return []
     if not accept:
         raise ValueError(
-            f"QK-norm's epsilon ({eps}) of {where} must be {QK_NORM_EPS}, which is fixed in the "
-            "paper's repository. To convert all the same, which moves the logits, pass "
-            "--accept-qk-norm-eps."
+            f"QK-norm's epsilon ({eps}) of {where} must be {there}, as {repository.name} has it. "
+            "To convert all the same, which moves the logits, pass --accept-qk-norm-eps."
         )
     return [
-        f"NOTE: QK-norm's epsilon is {QK_NORM_EPS} there and was {eps}, which moves the logits; "
+        f"NOTE: QK-norm's epsilon is {there} there and was {eps}, which moves the logits; "
         "compare the folder with what from-paper makes of it to see how far."
     ]
 
 
 def _same_model(one: Any, other: Any) -> bool:
-    own = _paper(one.architecture).options
-    fields = (*FIELDS, *own, "qk_norm_eps", "head_dim", "rope_parameters")
+    own = find_architecture(one.architecture).model_options
+    fields = (*PAPER.fields, *own, "qk_norm_eps", "head_dim", "rope_parameters")
     return type(one) is type(other) and all(
         getattr(one, field) == getattr(other, field) for field in fields
     )
@@ -339,34 +298,71 @@ def _derive_width(hidden_size: int, ratio: float | None) -> int:
 
 
 def rename(name: str, config: Any) -> str:
-    """Their name of a tensor of ours."""
-    for ours, theirs in {**_paper(config.architecture).names, **RENAMED}.items():
-        name = re.sub(ours, theirs, name)
+    """Their name of a tensor of ours; "*" in it stands for the number of a piece."""
+    layout = _find_layout(config)
+    for names in (layout.names, layout.repository.names):
+        for ours, theirs in names.items():
+            name = re.sub(ours, theirs, name)
     return name
 
 
-def _their_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    others = _paper(config.architecture).shapes(config)
+class Source(NamedTuple):
+    """What a tensor that is written is made of.
+
+    Attributes:
+        names: Of the tensors read, one behind the other.
+        shape: It has.
+        piece: Which, of the pieces of that shape that they hold.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    piece: int = 0
+
+
+def _sources_of_theirs(config: Any) -> dict[str, Source]:
+    shapes = _find_layout(config).shapes(config)
     found = {}
-    for name, shape in model_shapes(config).items():
-        theirs = others.get(name.rpartition(".")[2], shape)
-        found[rename(name, config)] = tuple(math.prod(shape) if n == -1 else n for n in theirs)
+    for name, ours in model_shapes(config).items():
+        theirs = next((s for pattern, s in shapes.items() if re.search(pattern, name)), ours)
+        left = math.prod(ours) // abs(math.prod(theirs))
+        shape = tuple(left if n == -1 else n for n in theirs)
+        for piece in range(math.prod(ours) // math.prod(shape)):
+            key = rename(name, config).replace("*", str(piece))
+            found[key] = Source((name,), shape, piece)
     return found
 
 
+def _sources_of_ours(config: Any) -> dict[str, Source]:
+    names: dict[str, tuple[str, ...]] = {}
+    for theirs, source in _sources_of_theirs(config).items():
+        names[source.names[0]] = (*names.get(source.names[0], ()), theirs)
+    return {name: Source(names[name], shape) for name, shape in model_shapes(config).items()}
+
+
 def _copy_weights(
-    folder: HFFolder,
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    partial: Path,
-    shard_size: int,
+    folder: HFFolder, sources: Mapping[str, Source], partial: Path, shard_size: int
 ) -> int:
     """Returns the bytes copied. A tensor's axes may change, its numbers not."""
-    tensors = {
-        name: torch.empty(shape, dtype=folder.tensors[names[name]].dtype, device="meta")
-        for name, shape in shapes.items()
-    }
+    tensors = {name: _announce(folder, source) for name, source in sources.items()}
     writer = ShardWriter(tensors, partial, shard_size)
     check_space(partial, writer.bytes)
-    writer.write_all((n, folder.read(names[n]).reshape(shape)) for n, shape in shapes.items())
+    writer.write_all((name, _build(folder, source)) for name, source in sources.items())
     return writer.bytes
+
+
+def _announce(folder: HFFolder, source: Source) -> torch.Tensor:
+    """Of the shape and dtype of what will be built, on the meta device."""
+    dtypes = {folder.tensors[name].dtype for name in source.names}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{source.names[0]} and {source.names[-1]} of {folder.path} must be of one dtype, not "
+            f"of {' and '.join(sorted(map(str, dtypes)))}: they become one tensor."
+        )
+    return torch.empty(source.shape, dtype=dtypes.pop(), device="meta")
+
+
+def _build(folder: HFFolder, source: Source) -> torch.Tensor:
+    parts = [folder.read(name) for name in source.names]
+    whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+    return whole.reshape(-1, *source.shape)[source.piece]

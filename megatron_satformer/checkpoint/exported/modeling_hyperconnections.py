@@ -7,8 +7,8 @@ every sublayer, from row H_j of H:
 
     B_j, A_mj, A_rj = B0_j + s_b phi(N(H_j) W_b),  A0_j + s_a phi(N(H_j) W_a)
 
-phi is tanh, N an RMSNorm without gain. The cache is that of a plain Transformer: the streams of the
-tokens at hand are all that a layer needs.
+phi is tanh, N an RMSNorm without gain, or with one in the baseline form. The cache is that of a
+plain Transformer: the streams of the tokens at hand are all that a layer needs.
 
 Shapes: b batch, s sequence, h hidden, n streams.
 """
@@ -36,11 +36,14 @@ class HyperConnection(nn.Module):
     def __init__(self, config: HyperConnectionsConfig, q: int) -> None:
         super().__init__()
         self.q, self.streams, self.tanh = q, config.hc_streams, config.hc_tanh
-        self.dynamic, self.eps = config.hc_dynamic, config.rms_norm_eps
+        self.dynamic, self.baseline = config.hc_dynamic, config.hc_form == "baseline"
+        self.eps = torch.finfo(torch.float32).eps if self.baseline else config.rms_norm_eps
         n, h = config.hc_streams, config.hidden_size
         self.static_beta = nn.Parameter(torch.empty(n))
         self.static_alpha = nn.Parameter(torch.empty(n * (1 + n)))
         if config.hc_dynamic:
+            if self.baseline:
+                self.norm_gain = nn.Parameter(torch.empty(h))
             self.dynamic_beta_proj = nn.Parameter(torch.empty(h, 1))
             self.dynamic_alpha_proj = nn.Parameter(torch.empty(h, 1 + n))
             self.dynamic_beta_scale = nn.Parameter(torch.empty(1))
@@ -53,6 +56,8 @@ class HyperConnection(nn.Module):
         alpha = torch.cat((identity[:, self.q % self.streams, None], identity), dim=1)
         init.copy_(self.static_alpha, alpha.flatten())
         if self.dynamic:
+            if self.baseline:
+                init.ones_(self.norm_gain)
             init.zeros_(self.dynamic_beta_proj)
             init.zeros_(self.dynamic_alpha_proj)
             init.constant_(self.dynamic_beta_scale, 0.01)
@@ -65,6 +70,7 @@ class HyperConnection(nn.Module):
         alpha = self.static_alpha.float().view(n, 1 + n)
         if self.dynamic:
             normed = streams * torch.rsqrt(streams.square().mean(-1, keepdim=True) + self.eps)
+            normed = normed * self.norm_gain.float() if self.baseline else normed
             own_beta = normed @ self.dynamic_beta_proj.float()
             own_alpha = normed @ self.dynamic_alpha_proj.float()
             if self.tanh:

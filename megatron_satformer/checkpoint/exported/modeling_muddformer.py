@@ -39,6 +39,15 @@ def rms_normed(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def mlp_width(config: MuddFormerConfig, layer_idx: int) -> int:
+    """Of the MLP of a layer, from 0, with mudd_ffn_realloc."""
+    last, base = config.num_hidden_layers - 1, config.intermediate_size
+    if config.mudd_form == "baseline":
+        share = (0.5 * (last - layer_idx) + 1.5 * layer_idx) / last
+        return 256 * max(1, (round(share * base) + 127) // 256)
+    return 128 * max(1, round((0.5 + layer_idx / last) * base / 128))
+
+
 class MuddFormerAggregate(nn.Module):
     """X_0 .. X_n -> X^c_n of C ways, [b, s, h] each, computed in float32."""
 
@@ -47,8 +56,11 @@ class MuddFormerAggregate(nn.Module):
         self.ways, self.sources = ways, sources
         self.eps, self.normed = config.rms_norm_eps, config.mudd_prepost_norm
         size, h = ways * sources, config.hidden_size
-        self.w1 = nn.Parameter(torch.randn(size, h) * h**-0.5)
-        self.w2 = nn.Parameter(torch.zeros(size, size))
+        width = size
+        if config.mudd_form == "released":  # behind the last layer there is one way
+            width = ((size if ways > 1 else 4 * size) // 64 + 1) * 64
+        self.w1 = nn.Parameter(torch.randn(width, h) * h**-0.5)
+        self.w2 = nn.Parameter(torch.zeros(size, width))
         self.static = nn.Parameter(torch.zeros(size))
         if self.normed:
             self.pre_gains = nn.Parameter(torch.ones(sources * h))
@@ -80,21 +92,20 @@ class MuddFormerLayer(DecoderLayer):
         h, layers = config.hidden_size, config.num_hidden_layers
         if config.mudd_ffn_realloc:
             resized = copy(config)
-            share = 0.5 + layer_idx / (layers - 1)
-            width = round(share * config.intermediate_size / 128)
-            resized.intermediate_size = 128 * max(1, width)
+            resized.intermediate_size = mlp_width(config, layer_idx)
             self.mlp = LlamaMLP(resized)
-        if layer_idx > 0:
+        self.ways = layer_idx > 0 or config.mudd_form == "baseline"
+        if self.ways:
             self.input_layernorm_k = LlamaRMSNorm(h, eps=config.rms_norm_eps)
             self.input_layernorm_v = LlamaRMSNorm(h, eps=config.rms_norm_eps)
         ways = 1 if layer_idx == layers - 1 else 4
         self.aggregate = MuddFormerAggregate(config, ways, layer_idx + 2)
 
     def norm_inputs(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Any:
-        """Of q, k and v; one for all in the first layer."""
-        if not carried:
+        """Of q, k and v; in the first layer all are the embedding, with one norm or three."""
+        if not self.ways:
             return super().norm_inputs(hidden_states, carried)
-        q, k, v = carried[:3]
+        q, k, v = carried[:3] or (hidden_states,) * 3
         return self.input_layernorm(q), self.input_layernorm_k(k), self.input_layernorm_v(v)
 
     def forward(self, hidden_states: Tensor, *carried: Tensor, **kwargs) -> tuple[Any, ...]:

@@ -170,9 +170,9 @@ def parse_config(content: Mapping[str, Any], folder: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = content.get("model_type")
-    if kind in {a.paper.model_type for a in all_architectures() if a.paper is not None}:
+    if kind in {layout.model_type for a in all_architectures() for layout in a.paper}:
         raise ValueError(
-            f"model_type ({kind}) of {folder} is the paper's own layout. Convert it with "
+            f"model_type ({kind}) of {folder} is the layout of another repository. Convert it with "
             "from-paper first."
         )
     ours = {config_class(name).model_type: name for name in TABLE}

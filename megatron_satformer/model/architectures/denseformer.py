@@ -20,12 +20,8 @@ from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
-from megatron_satformer.model.architectures.record import (
-    Architecture,
-    Carry,
-    OwnTensor,
-    PaperLayout,
-)
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients
 from megatron_satformer.model.mixing import weighted_sum
 
@@ -168,11 +164,13 @@ DENSEFORMER = Architecture(
     tensors=own_tensors,
     refuses=REFUSES,
     from_transformer=None,
-    paper=PaperLayout(
-        "denseformer",
-        "DenseFormer",
-        names={r"layers\.(\d+)\.depth_weights": r"dwa_modules.alphas.\1.weight"},
-        shapes=lambda options: {"depth_weights": (1, -1)},
-        options={"dwa_dilation": "dwa_dilation", "dwa_period": "dwa_period"},
+    paper=(
+        PaperLayout(
+            "denseformer",
+            "DenseFormerForCausalLM",
+            names={r"layers\.(\d+)\.depth_weights": r"dwa_modules.alphas.\1.weight"},
+            shapes=lambda options: {"depth_weights": (1, -1)},
+            options={"dwa_dilation": "dwa_dilation", "dwa_period": "dwa_period"},
+        ),
     ),
 )

@@ -7,9 +7,9 @@ every sublayer, from row H_j of H:
 
     B_j, A_mj, A_rj = B0_j + s_b phi(N(H_j) W_b),  A0_j + s_a phi(N(H_j) W_a)
 
-phi is tanh, N an RMSNorm without gain. At the start B0 = 1, A_m0 = e_(q mod hc_streams) in sublayer
-q = 0, 1, ..., A_r0 = I and W = 0: all streams are then a Transformer's residual, and the final norm
-takes their number out of the sum.
+phi is tanh, N an RMSNorm without gain, or with one in the baseline form. At the start B0 = 1,
+A_m0 = e_(q mod hc_streams) in sublayer q = 0, 1, ..., A_r0 = I and W = 0: all streams are then a
+Transformer's residual, and the final norm takes their number out of the sum.
 
 Kept for backward beside a Transformer's, per sublayer: the streams but one, h_0 and T(h_0); in
 units of s b h, 2 (hc_streams + 1) a layer.
@@ -20,7 +20,7 @@ Shapes: s sequence, b micro-batch, h hidden, n streams; "/tp": per rank.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -30,17 +30,14 @@ from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
-from megatron_satformer.model.architectures.record import (
-    Architecture,
-    Carry,
-    OwnTensor,
-    PaperLayout,
-)
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.model.mixing import mix, normed_product
 from megatron_satformer.unsupported import Row
 
 SCALE_INIT = 0.01
+BASELINE_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -56,6 +53,11 @@ class HyperConnectionsOptions:
 
     hc_tanh: bool = True
     """Bound what a token adds by tanh, as published (hyperconnections)."""
+
+    hc_form: Literal["paper", "baseline"] = "paper"
+    """How streams are normed for what a token adds (hyperconnections). paper: without gain;
+    baseline: with a gain, and float32's epsilon whatever --norm-epsilon says, as in the repository
+    of arXiv 2605.03953."""
 
     hc_rescale_output: bool = field(default=False, metadata={"changeable": True})
     """Divide the init of the output projections (linear_proj, linear_fc2) by sqrt(hc_streams), as
@@ -91,6 +93,11 @@ class HyperConnectionsConfig(DecoderConfig, HyperConnectionsOptions):
                 "hc_tanh (False) must come with hc_dynamic (True), not (False): weights that are "
                 "the same for every token have no tanh. Leave --no-hc-tanh out."
             )
+        if options.hc_form != "paper" and not options.hc_dynamic:
+            raise ValueError(
+                f"hc_form ({options.hc_form}) must come with hc_dynamic (True), not (False): "
+                "weights that are the same for every token need no norm. Leave --hc-form out."
+            )
         if options.hc_rescale_output and options.from_transformer:
             raise ValueError(
                 "hc_rescale_output (True) must be left out with from_transformer (True): the "
@@ -101,7 +108,8 @@ class HyperConnectionsConfig(DecoderConfig, HyperConnectionsOptions):
     def summary(self) -> str:
         """As DecoderConfig's."""
         kind = "dynamic" if self.hc_dynamic else "static"
-        return f"{self.architecture}, {self.hc_streams} streams, {kind}"
+        form = "" if self.hc_form == "paper" else f", {self.hc_form} form"
+        return f"{self.architecture}, {self.hc_streams} streams, {kind}{form}"
 
 
 def starting_alpha(q: int, streams: int) -> Tensor:
@@ -142,6 +150,10 @@ class HyperConnection(MegatronModule):
         if self.config.hc_dynamic:
             weight = torch.cat((self.dynamic_beta_proj, self.dynamic_alpha_proj), dim=1)
             eps = self.config.layernorm_epsilon
+            if self.config.hc_form == "baseline":
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                weight = self.norm_gain.to(wide).unsqueeze(-1) * weight
+                eps = BASELINE_EPS
             own = torch.stack([normed_product(x, weight, eps) for x in streams], dim=-2)
             own = own.tanh() if self.config.hc_tanh else own  # [s, b, n, 1 + 1 + n]
             beta = beta + self.dynamic_beta_scale * own[..., :1]
@@ -252,6 +264,8 @@ def _tensors(options: Any, q: int) -> list[tuple[str, tuple[int, ...], Start]]:
     if not options.hc_dynamic:
         return static
     scale = partial(torch.full, fill_value=SCALE_INIT)
+    if options.hc_form == "baseline":
+        static.append(("norm_gain", (h,), torch.ones))
     return [
         *static,
         ("dynamic_beta_proj", (h, 1), torch.zeros),
@@ -261,12 +275,12 @@ def _tensors(options: Any, q: int) -> list[tuple[str, tuple[int, ...], Start]]:
     ]
 
 
-def _has_a_gain(options: Any) -> str | None:
-    if not options.hc_dynamic:
+def _has_no_gain(options: Any) -> str | None:
+    if not options.hc_dynamic or options.hc_form == "baseline":
         return None
     return (
-        "hc_dynamic (True) must be False: in the paper's repository the norm of the streams has a "
-        "gain and an epsilon of its own; only weights that all tokens share are the same there"
+        f"hc_form ({options.hc_form}) must be baseline: in the paper's repository the norm of the "
+        f"streams has a gain, and the epsilon {BASELINE_EPS:.3g}"
     )
 
 
@@ -304,15 +318,21 @@ HYPERCONNECTIONS = Architecture(
     ),
     defaults=lambda preview: {"bias_dropout_fusion": False},  # of an add that does not happen
     from_transformer=None,
-    paper=PaperLayout(
-        "dhc",
-        "HyperConnections",
-        shapes=lambda options: {"static_alpha": (options.hc_streams, 1 + options.hc_streams)},
-        options={
-            "hc_streams": "expansion_rate",
-            "hc_dynamic": "use_dynamic_hc",
-            "hc_tanh": "use_tanh",
-        },
-        refuse=_has_a_gain,
+    paper=(
+        PaperLayout(
+            "dhc",
+            "HyperConnectionsForCausalLM",
+            names={"norm_gain": "norm.weight"},
+            shapes=lambda options: {"static_alpha": (options.hc_streams, -1), "beta_proj": (-1,)},
+            options={
+                "hc_streams": "expansion_rate",
+                "hc_dynamic": "use_dynamic_hc",
+                "hc_tanh": "use_tanh",
+            },
+            read=lambda theirs: {"hc_form": "baseline" if theirs["use_dynamic_hc"] else "paper"},
+            fixed=lambda options: {"hc_norm_type": "rms"},
+            allowed=lambda theirs: {"hc_norm_type": ("rms",)} if theirs["use_dynamic_hc"] else {},
+            refuse=_has_no_gain,
+        ),
     ),
 )

@@ -18,32 +18,29 @@ L. Three inputs cost sequence parallelism three gathers where there was one.
 Shapes: s sequence, b micro-batch, h hidden, C ways; "/tp": per rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
+from megatron_satformer.model.architectures.mudd_sums import (
+    NUM_WAYS,
+    Aggregate,
+    aggregate_tensors,
+)
+from megatron_satformer.model.architectures.muddformer_layouts import BASELINE, RELEASED
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
-from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
-from megatron_satformer.model.mixing import mix, normed_product
 from megatron_satformer.model.ways import NORM_KEYS, WayLinears, WayNorms, split_by_head
 from megatron_satformer.unsupported import Row
-
-NUM_WAYS = 4  # q, k, v and the residual
-POST_GAIN = 1e-3
-WIDTH_MULTIPLE = 128  # of MLPs, as the authors' code has it
 
 
 @dataclass
@@ -57,6 +54,11 @@ class MuddFormerOptions:
     mudd_ffn_realloc: bool = False
     """Let the width of the MLPs grow linearly from 0.5 times --ffn-hidden-size in the first layer
     to 1.5 times in the last (muddformer), rounded to multiples of 128."""
+
+    mudd_form: Literal["paper", "released", "baseline"] = "paper"
+    """What the paper leaves open (muddformer). released: W1 wider, as in the models of its authors;
+    baseline: norms of q, k and v in the first layer too, and multiples of 256, as in the repository
+    of arXiv 2605.03953."""
 
 
 @dataclass
@@ -91,7 +93,8 @@ class MuddFormerConfig(DecoderConfig, MuddFormerOptions):
         norms = ", normed sums" if self.mudd_prepost_norm else ""
         widths = [ffn_width(self, n) for n in (1, self.num_layers)]
         ffn = f", MLPs {widths[0]} to {widths[1]} wide" if self.mudd_ffn_realloc else ""
-        return f"{self.architecture}{norms}{ffn}"
+        form = "" if self.mudd_form == "paper" else f", {self.mudd_form} form"
+        return f"{self.architecture}{norms}{ffn}{form}"
 
 
 def _check_widths(options: Any, num_layers: int, tp: int) -> None:
@@ -101,8 +104,8 @@ def _check_widths(options: Any, num_layers: int, tp: int) -> None:
         reason = f"num_layers ({num_layers}) of at least 2"
     elif experts:
         reason = f"dense layers, not num_experts ({experts})"
-    elif WIDTH_MULTIPLE % tp:
-        reason = f"tensor_model_parallel_size ({tp}) a divisor of {WIDTH_MULTIPLE}"
+    elif 128 % tp:
+        reason = f"tensor_model_parallel_size ({tp}) a divisor of 128"
     elif getattr(options, "from_transformer", False):
         reason = "weights of its own, not from_transformer (True), whose MLPs are all alike"
     if reason:
@@ -113,77 +116,20 @@ def ffn_width(options: Any, n: int) -> int:
     """Width of the MLP of layer n."""
     if not options.mudd_ffn_realloc:
         return options.ffn_hidden_size
-    share = 0.5 + (n - 1) / (options.num_layers - 1)
-    return max(1, round(share * options.ffn_hidden_size / WIDTH_MULTIPLE)) * WIDTH_MULTIPLE
+    last, base = options.num_layers - 1, options.ffn_hidden_size
+    if options.mudd_form == "baseline":  # the nearest multiple, the lower one of two
+        share = (0.5 * (last + 1 - n) + 1.5 * (n - 1)) / last
+        return max(1, (round(share * base) + 127) // 256) * 256
+    return max(1, round((0.5 + (n - 1) / last) * base / 128)) * 128
 
 
-def starting_projection(shape: tuple[int, ...], seed: int = 1234) -> Tensor:
-    """W1 with variance 1/h, the same on every rank; of another seed, and in each layer, another."""
-    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + shape[0])
-    return torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5
-
-
-def starting_weights(shape: tuple[int, ...], ways: int) -> Tensor:
-    """Static weights, flat, with which every sum is the newest output."""
-    weights = torch.zeros(shape, device="cpu")
-    weights.view(ways, -1)[:, -1] = 1
-    return weights
-
-
-class Aggregate(MegatronModule):
-    """X_0 .. X_n -> X^c_n of every way.
-
-    Args:
-        config: of the model.
-        ways: C.
-        tensors: what it holds: `aggregate_tensors`.
-        tp_group: over which it is replicated.
-    """
-
-    config: MuddFormerConfig
-
-    def __init__(
-        self, config: MuddFormerConfig, ways: int, tensors: Sequence[OwnTensor], tp_group: Any
-    ) -> None:
-        super().__init__(config)
-        self.ways, self.tp_group = ways, tp_group
-        for tensor in tensors:
-            build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
-            seeded = {"seed": config.seed} if tensor.start is starting_projection else {}
-            with torch.device("cpu"):  # wherever the model is built
-                values = tensor.start(tensor.shape, **seeded)
-            setattr(self, tensor.megatron.rpartition(".")[2], build(config, values))
-
-    def forward(self, history: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """X_0 .. X_n, [s, b, h] ([s/tp, b, h] under sequence parallelism) -> C such tensors."""
-        newest, eps = history[-1], self.config.layernorm_epsilon
-        weights = F.gelu(normed_product(newest, self.w1.t(), eps))  # [s, b, C (n + 1)], >= fp32
-        weights = weights @ self.w2.t().to(weights.dtype) + self.static.to(weights.dtype)
-        weights = weights.unflatten(-1, (self.ways, -1))  # [s, b, C, n + 1]
-        if not self.config.mudd_prepost_norm:
-            return mix(weights, history)
-        gains = self.pre_gains, self.post_gains
-        return checkpoint(_normed_mix, weights, eps, *gains, *history, use_reentrant=False)
-
-
-def _normed_mix(
-    weights: Tensor, eps: float, pre_gains: Tensor, post_gains: Tensor, *history: Tensor
-) -> tuple[Tensor, ...]:
-    """`mix` between norms, beside the newest; run again in backward, to keep no normed copies."""
-    newest, size = history[-1], history[-1].shape[-1:]
-    gains = pre_gains.view(-1, *size)
-    normed = [_norm(x, gain, eps) for x, gain in zip(history, gains, strict=True)]
-    sums = zip(mix(weights, normed), post_gains.view(-1, *size), strict=True)
-    return tuple((_norm(x, gain, eps) + newest).to(newest.dtype) for x, gain in sums)
-
-
-def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, wide.shape[-1:], gain.to(wide.dtype), eps)
+def has_ways(options: Any, n: int) -> bool:
+    """Whether layer n has a norm each for q, k and v, not one for all."""
+    return n > 1 or options.mudd_form == "baseline"
 
 
 class MuddFormerAttention(SelfAttention):
-    """SelfAttention of three inputs, but in layer 1."""
+    """SelfAttention of three inputs, where a layer `has_ways`."""
 
     def __init__(
         self,
@@ -193,7 +139,7 @@ class MuddFormerAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if layer_number > 1:
+        if has_ways(config, layer_number):
             linears = partial(WayLinears, submodules.linear_qkv)
             submodules = replace(submodules, linear_qkv=linears)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
@@ -203,9 +149,10 @@ class MuddFormerAttention(SelfAttention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron's entries; where a Transformer's are expected, layer 1 reads head by head."""
+        """Megatron's entries; where a Transformer's are expected, all read head by head."""
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.layer_number == 1 and self.config.expects_transformer:
+        alone = not has_ways(self.config, self.layer_number)
+        if alone and self.config.expects_transformer:
             tp = self.pg_collection.tp
             for name, parameter in self.linear_qkv.named_parameters():
                 key = f"{prefix}linear_qkv.{name}"
@@ -233,10 +180,11 @@ class MuddFormerLayer(ExtendedLayer):
             submodules = replace(submodules, mlp=partial(self._build_mlp, submodules.mlp))
         super().__init__(config, submodules, *args, **kwargs)
         n = self.layer_number
-        self._norms_were_one = False
+        self._norms_were_one = config.expects_transformer
         if n > 1:
             reads = aggregate_tensors(config, n - 1)
             self.aggregate = Aggregate(config, NUM_WAYS, reads, self.tp_group)
+        if has_ways(config, n):
             # A norm in the local backend; IdentityOp where Transformer Engine fuses it.
             self.input_layernorm = WayNorms(config, submodules.input_layernorm, self.tp_group)
             keys = NORM_KEYS | submodules.sharded_state_dict_keys_map
@@ -269,20 +217,16 @@ class MuddFormerLayer(ExtendedLayer):
             **kwargs: as Megatron's.
         """
         history = (*(context or ()), hidden_states)
-        reads = hidden_states if self.layer_number == 1 else self.aggregate(history)
+        reads: Any = hidden_states
+        if self.layer_number > 1:
+            reads = self.aggregate(history)
+        elif has_ways(self.config, 1):
+            reads = (hidden_states,) * NUM_WAYS
         hidden_states, _ = super().forward(reads, *args, **kwargs)
         if self.layer_number < self.config.num_layers:
             return hidden_states, history
         (residual,) = self.final_aggregate((*history, hidden_states))
         return residual, ()
-
-    # ExtendedLayer's: with it, remembers that a Transformer's norm is read for all three.
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        """As ExtendedLayer's."""
-        self._norms_were_one = self.config.expects_transformer
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
 @torch.no_grad()
@@ -299,34 +243,10 @@ def _spread_norm(layer: MuddFormerLayer, _: Any) -> None:
                     parameters[name.replace(".q.", f".{way}.")].copy_(parameter)
 
 
-def aggregate_tensors(options: Any, n: int) -> list[OwnTensor]:
-    """What makes the X^c_n holds; one way for the last n, which stands in the layer itself."""
-    h, last = options.hidden_size, n == options.num_layers
-    ways, place = (1, "final_aggregate") if last else (NUM_WAYS, "aggregate")
-    size = ways * (n + 1)
-
-    def build(name: str, shape: tuple[int, ...], start: Callable[..., Tensor]) -> OwnTensor:
-        theirs, key, fp32 = (f"aggregate.{name}",), f"{place}.{name}", name == "static"
-        return OwnTensor(key, theirs, shape, fp32=fp32, start=start, behind=not last)
-
-    normed = options.mudd_prepost_norm
-    found = [
-        build("w1", (size, h), starting_projection),
-        build("w2", (size, size), torch.zeros),
-        build("static", (size,), torch.zeros if normed else partial(starting_weights, ways=ways)),
-    ]
-    if normed:
-        found += [
-            build("pre_gains", ((n + 1) * h,), torch.ones),
-            build("post_gains", (ways * h,), partial(torch.full, fill_value=POST_GAIN)),
-        ]
-    return found
-
-
 def own_tensors(options: Any, n: int) -> list[OwnTensor]:
     """Norms of k and v of layer n, and what makes its inputs; in layer L also what follows it."""
     found = []
-    if n > 1:
+    if n and has_ways(options, n):
         found += [
             OwnTensor(
                 f"self_attention.linear_qkv.{way}.layer_norm_weight",
@@ -337,6 +257,7 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
             )
             for way in "kv"
         ]
+    if n > 1:
         found += aggregate_tensors(options, n - 1)
     if n and n == options.num_layers:
         found += aggregate_tensors(options, n)
@@ -380,4 +301,5 @@ MUDDFORMER = Architecture(
     ),
     plain_start=why_not_plain,
     from_transformer=None,
+    paper=(BASELINE, RELEASED),
 )

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures.layouts import PaperLayout
 from megatron_satformer.unsupported import Row
 
 if TYPE_CHECKING:  # it takes seconds, and tools only want what is declared
@@ -79,30 +80,6 @@ class OwnTensor:
 
 
 @dataclass(frozen=True)
-class PaperLayout:
-    """How the repository of arXiv 2605.03953 stores it, see `checkpoint/convert/paper_layout.py`.
-
-    Attributes:
-        model_type: its name there.
-        class_name: of its model there, without "ForCausalLM".
-        names: pattern in our tensors' names -> what it becomes in theirs, as re.sub has them.
-        shapes: options -> last part of our names -> the shape there, where another; -1 stands
-            for the number of elements.
-        options: our option -> theirs.
-        fixed: what its configuration has beside.
-        refuse: options -> what of them that repository computes otherwise; None: nothing.
-    """
-
-    model_type: str
-    class_name: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    shapes: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda options: {}
-    options: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    refuse: Callable[[Any], str | None] = lambda options: None
-
-
-@dataclass(frozen=True)
 class NoOptions:
     """An architecture without options of its own."""
 
@@ -146,7 +123,8 @@ class Architecture:
             its modules heed `DecoderConfig.expects_transformer`.
         gates: what `output_gates=True` gives, for the card; None: nothing.
         layers_note: exported configuration -> what the card says of its layers.
-        paper: its layout in the paper's own repository; None: it is not there.
+        paper: its layouts in other repositories; what ours can be turned into is the first that
+            does not refuse it.
     """
 
     name: str
@@ -173,7 +151,7 @@ class Architecture:
     from_transformer: str | None = "its layers read no checkpoint without its own tensors"
     gates: str | None = None
     layers_note: Callable[[Any], str] = lambda config: ""
-    paper: PaperLayout | None = None
+    paper: tuple[PaperLayout, ...] = ()
 
     @property
     def own_options(self) -> dict[str, Any]:

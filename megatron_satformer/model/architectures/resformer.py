@@ -21,7 +21,8 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_satformer.model.architectures.record import Architecture, OwnTensor, PaperLayout
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor
 from megatron_satformer.model.architectures.value_residual import (
     REFUSES,
     ValueResidualAttention,
@@ -223,16 +224,18 @@ RESFORMER = Architecture(
     plain_start=lambda options: f"{_FAR}.",
     from_transformer=_FAR,
     layers_note=describe_mixing,
-    paper=PaperLayout(
-        "ResFormer",
-        "ResFormer",
-        names={
-            r"model\.value_residual\.": "model.lambda_manager.",
-            r"\.self_attn\.value_lambda2": ".attn.value_residual_mixing.lambda2",
-        },
-        shapes=lambda options: {"value_lambda2": (), "lambda_scale": ()},
-        options={"value_residual_last_k": "value_residual_last_k"},
-        fixed={"use_value_residual": True},
-        refuse=_mixes_in_fewer,
+    paper=(
+        PaperLayout(
+            "ResFormer",
+            "ResFormerForCausalLM",
+            names={
+                r"model\.value_residual\.": "model.lambda_manager.",
+                r"\.self_attn\.value_lambda2": ".attn.value_residual_mixing.lambda2",
+            },
+            shapes=lambda options: {"value_lambda2": (), "lambda_scale": ()},
+            options={"value_residual_last_k": "value_residual_last_k"},
+            fixed=lambda options: {"use_value_residual": True},
+            refuse=_mixes_in_fewer,
+        ),
     ),
 )

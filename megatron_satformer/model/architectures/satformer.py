@@ -27,7 +27,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from torch import Tensor
 
-from megatron_satformer.model.architectures.record import Architecture, OwnTensor, PaperLayout
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture, OwnTensor
 from megatron_satformer.model.architectures.value_residual import (
     REFUSES,
     ValueResidualAttention,
@@ -310,15 +311,17 @@ SATFORMER = Architecture(
     from_transformer=None,
     gates="alpha [batch, sequence, KV heads] of\neach layer that mixes",
     layers_note=describe_mixing,
-    paper=PaperLayout(
-        "SATFormer",
-        "SATFormer",
-        names={r"\.self_attn\.value_gate\.": ".attn.value_residual_mixing.alpha_proj."},
-        options={
-            "value_gate": "value_residual_gate",
-            "value_gate_bias": "value_residual_proj_bias",
-            "value_residual_last_k": "value_residual_last_k",
-        },
-        fixed={"use_value_residual": True},
+    paper=(
+        PaperLayout(
+            "SATFormer",
+            "SATFormerForCausalLM",
+            names={r"\.self_attn\.value_gate\.": ".attn.value_residual_mixing.alpha_proj."},
+            options={
+                "value_gate": "value_residual_gate",
+                "value_gate_bias": "value_residual_proj_bias",
+                "value_residual_last_k": "value_residual_last_k",
+            },
+            fixed=lambda options: {"use_value_residual": True},
+        ),
     ),
 )

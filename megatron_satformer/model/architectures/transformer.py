@@ -1,6 +1,7 @@
 """The plain pre-norm Transformer: Megatron's own layers, nothing added."""
 
-from megatron_satformer.model.architectures.record import Architecture, PaperLayout
+from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.architectures.record import Architecture
 
 TRANSFORMER = Architecture(
     name="transformer",
@@ -11,5 +12,5 @@ TRANSFORMER = Architecture(
     exported="megatron_satformer.checkpoint.exported.modeling_decoder:DecoderForCausalLM",
     stock=True,
     from_transformer="it reads a Transformer's checkpoint as it is",
-    paper=PaperLayout("transformer", "Transformer"),
+    paper=(PaperLayout("transformer", "TransformerForCausalLM"),),
 )

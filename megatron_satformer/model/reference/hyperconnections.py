@@ -7,7 +7,7 @@ every sublayer, from row H_j of H:
 
     B_j, A_mj, A_rj = B0_j + s_b phi(N(H_j) W_b),  A0_j + s_a phi(N(H_j) W_a)
 
-phi is tanh, N an RMSNorm without gain.
+phi is tanh, N an RMSNorm without gain, or with one in the baseline form.
 
 Shapes: b batch, s sequence, h hidden, n streams.
 """
@@ -37,6 +37,7 @@ class HyperConnectionsTwinConfig(TwinConfig):
     hc_streams: int = 4
     hc_dynamic: bool = True
     hc_tanh: bool = True
+    hc_form: str = "paper"
 
 
 class HyperConnection(nn.Module):
@@ -50,6 +51,8 @@ class HyperConnection(nn.Module):
         read = F.one_hot(torch.tensor(q % n), n)[:, None]
         self.static_alpha = nn.Parameter(torch.cat((read, torch.eye(n)), dim=1).flatten())
         if config.hc_dynamic:
+            if config.hc_form == "baseline":
+                self.norm_gain = nn.Parameter(torch.ones(h))
             self.dynamic_beta_proj = nn.Parameter(torch.zeros(h, 1))
             self.dynamic_alpha_proj = nn.Parameter(torch.zeros(h, 1 + n))
             self.dynamic_beta_scale = nn.Parameter(torch.tensor([0.01]))
@@ -62,8 +65,10 @@ class HyperConnection(nn.Module):
         alpha = self.static_alpha.view(n, 1 + n)  # A_m0 | A_r0
         if self.config.hc_dynamic:
             phi = torch.tanh if self.config.hc_tanh else lambda x: x
-            eps = self.config.rms_norm_eps
+            own = self.config.hc_form == "baseline"
+            eps = torch.finfo(torch.float32).eps if own else self.config.rms_norm_eps
             normed = streams * torch.rsqrt(streams.square().mean(-1, keepdim=True) + eps)
+            normed = normed * self.norm_gain if own else normed
             added = phi(normed @ self.dynamic_beta_proj).squeeze(-1)  # [b, s, n]
             beta = beta + self.dynamic_beta_scale * added
             alpha = alpha + self.dynamic_alpha_scale * phi(normed @ self.dynamic_alpha_proj)

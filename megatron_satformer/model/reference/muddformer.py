@@ -36,15 +36,19 @@ class MuddFormerTwinConfig(TwinConfig):
 
     mudd_prepost_norm: bool = False
     mudd_ffn_realloc: bool = False
+    mudd_form: str = "paper"
 
     def resized(self, n: int) -> "MuddFormerTwinConfig":
-        """The same with the MLP of layer n: 0.5 to 1.5 times as wide, a multiple of 128."""
+        """The same with the MLP of layer n: 0.5 to 1.5 times as wide, a multiple of 128 or 256."""
         if not self.mudd_ffn_realloc:
             return self
-        share = 0.5 + (n - 1) / (self.num_hidden_layers - 1)
-        return replace(
-            self, intermediate_size=128 * max(1, round(share * self.intermediate_size / 128))
-        )
+        last, base = self.num_hidden_layers - 1, self.intermediate_size
+        if self.mudd_form == "baseline":
+            share = (0.5 * (last + 1 - n) + 1.5 * (n - 1)) / last
+            width = 256 * max(1, (round(share * base) + 127) // 256)
+        else:
+            width = 128 * max(1, round((0.5 + (n - 1) / last) * base / 128))
+        return replace(self, intermediate_size=width)
 
 
 def normed(x: Tensor, eps: float) -> Tensor:
@@ -59,8 +63,11 @@ class Aggregate(nn.Module):
         super().__init__()
         self.config, self.ways, self.sources = config, ways, n + 1
         size, h = ways * self.sources, config.hidden_size
-        self.w1 = nn.Parameter(torch.randn(size, h) * h**-0.5)
-        self.w2 = nn.Parameter(torch.zeros(size, size))
+        width = size
+        if config.mudd_form == "released":  # behind the last layer there is one way
+            width = ((size if ways > 1 else 4 * size) // 64 + 1) * 64
+        self.w1 = nn.Parameter(torch.randn(width, h) * h**-0.5)
+        self.w2 = nn.Parameter(torch.zeros(size, width))
         self.static = nn.Parameter(torch.zeros(size))
         if config.mudd_prepost_norm:
             self.pre_gains = nn.Parameter(torch.ones(self.sources * h))
@@ -93,16 +100,17 @@ class MuddLayer(Layer):
     ) -> None:
         n = layer + 1
         super().__init__(config.resized(n), layer, attention_class)
-        if n > 1:
+        self.ways = n > 1 or config.mudd_form == "baseline"
+        if self.ways:
             h, eps = config.hidden_size, config.rms_norm_eps
             self.input_layernorm_k, self.input_layernorm_v = (RMSNorm(h, eps) for _ in "kv")
         self.aggregate = Aggregate(config, 1 if n == config.num_hidden_layers else 4, n)
 
     def attend(self, x: Tensor, carried: Carried) -> Attended:
         """Norms and attention, without the residual."""
-        if not carried:
+        if not self.ways:
             return super().attend(x, ())
-        q, k, v = carried[:3]
+        q, k, v = carried[:3] or (x, x, x)
         inputs = self.input_layernorm(q), self.input_layernorm_k(k), self.input_layernorm_v(v)
         return self.self_attn(inputs, ())
 

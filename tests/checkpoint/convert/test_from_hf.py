@@ -66,6 +66,9 @@ CASES = build_cases(
     {"mean_scale": 0.5},
     {"dwa_dilation": 2, "dwa_period": 3},
     {"mudd_prepost_norm": True, "mudd_ffn_realloc": True},
+    {"mudd_form": "released"},
+    {"mudd_form": "baseline", "mudd_ffn_realloc": True},
+    {"hc_form": "baseline"},
 )
 STOCK = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_theta=5e5),

@@ -49,10 +49,20 @@ CASES = {
     },
     "without residual": {"model_type": "SATFormer", "use_value_residual": False},
     "streams": {"model_type": "dhc", "use_dynamic_hc": False, "expansion_rate": 3},
+    "streams, per token": {"model_type": "dhc", "expansion_rate": 4},
+    "streams, without tanh": {
+        "model_type": "dhc",
+        "expansion_rate": 2,
+        "use_tanh": False,
+        "tie_word_embeddings": False,
+    },
 }
 # Options of ours with which a model is theirs too.
-EXACT = {"hyperconnections": {"hc_dynamic": False}}
-THEIRS = [name for name in TABLE if find_architecture(name).paper is not None]
+EXACT = {
+    "hyperconnections": {"hc_form": "baseline"},
+    "muddformer": {"mudd_form": "baseline", "mudd_prepost_norm": True},
+}
+THEIRS = [name for name in TABLE if find_architecture(name).paper]
 # of those that once had one class, the keys of their own in their config.json
 THEIR_OPTIONS = {
     "transformer": set(),
@@ -89,7 +99,9 @@ def build_state(config: dict) -> dict[str, torch.Tensor]:
     def normal(*shape, around=0.0, std=0.3):
         return torch.randn(*shape, generator=generator) * std + around
 
-    state = {"model.embeddings.weight": normal(config["vocab_size"], h, std=1.0)}
+    # where nothing else is read from them, so small that epsilons show
+    std = 1.0 if config["tie_word_embeddings"] else 1e-3
+    state = {"model.embeddings.weight": normal(config["vocab_size"], h, std=std)}
     mixing = range(1, layers) if config.get("use_value_residual", True) else range(0)
     if config.get("value_residual_last_k"):
         mixing = range(layers - config["value_residual_last_k"], layers)
@@ -117,7 +129,14 @@ def build_state(config: dict) -> dict[str, torch.Tensor]:
             streams = config.get("expansion_rate", 4)
             state[f"model.layers.{n}.{kind}_hc.static_beta"] = normal(streams, around=1.0)
             identity = torch.eye(streams, 1 + streams).roll(1, 1)
-            state[f"model.layers.{n}.{kind}_hc.static_alpha"] = identity + normal(*identity.shape)
+            connection = f"model.layers.{n}.{kind}_hc"
+            state[f"{connection}.static_alpha"] = identity + normal(*identity.shape)
+            if config.get("use_dynamic_hc", True):
+                state[f"{connection}.norm.weight"] = normal(h, around=1.0)
+                state[f"{connection}.dynamic_beta_proj"] = normal(h)
+                state[f"{connection}.dynamic_alpha_proj"] = normal(h, 1 + streams)
+                state[f"{connection}.dynamic_beta_scale"] = normal(1, around=0.5)
+                state[f"{connection}.dynamic_alpha_scale"] = normal(1, around=0.5)
         state[f"model.layers.{n}.mlp_norm.weight"] = normal(h, around=1.0)
         state[f"{mlp}.gate_proj.weight"] = normal(ffn, h)
         state[f"{mlp}.up_proj.weight"] = normal(ffn, h)
@@ -154,21 +173,37 @@ GATES = {
 }
 
 
-def connect(p: dict, kind: str, streams: list[torch.Tensor], sublayer) -> list[torch.Tensor]:
+def connect(
+    p: dict, kind: str, streams: list[torch.Tensor], sublayer, tanh: bool
+) -> list[torch.Tensor]:
     """Residual streams [s, h] after a sublayer, one or as many as a connection mixes."""
     if f"{kind}_hc.static_beta" not in p:
         return [x + sublayer(x) for x in streams]
-    alpha = p[f"{kind}_hc.static_alpha"]
-    read, *kept = (sum(a * x for a, x in zip(column, streams, strict=True)) for column in alpha.T)
+    own = {k.split(f"{kind}_hc.")[1]: v for k, v in p.items() if f"{kind}_hc." in k}
+    alphas, betas = [], []
+    for j, x in enumerate(streams):
+        alpha, beta = own["static_alpha"][j].expand(len(x), -1), own["static_beta"][j]
+        if "norm.weight" in own:
+            normed = norm(x, own["norm.weight"], torch.finfo(torch.float32).eps)
+            more, most = normed @ own["dynamic_alpha_proj"], normed @ own["dynamic_beta_proj"]
+            more, most = (more.tanh(), most.tanh()) if tanh else (more, most)
+            alpha = alpha + own["dynamic_alpha_scale"] * more
+            beta = beta + own["dynamic_beta_scale"] * most
+        alphas.append(alpha)
+        betas.append(beta.expand(len(x)))
+    read, *kept = (
+        sum(a[:, i, None] * x for a, x in zip(alphas, streams, strict=True))
+        for i in range(1 + len(streams))
+    )
     out = sublayer(read)
-    return [b * out + x for b, x in zip(p[f"{kind}_hc.static_beta"], kept, strict=True)]
+    return [b[:, None] * out + x for b, x in zip(betas, kept, strict=True)]
 
 
 def paper_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
     """Ids [s] -> logits [s, vocab], as the paper's repository computes them."""
     heads, eps = config["num_heads"], config.get("norm_eps", 1e-6)
     groups = config["num_kv_heads"] or heads
-    gate = GATES[config.get("value_residual_gate", "relu")]
+    gate, tanh = GATES[config.get("value_residual_gate", "relu")], config.get("use_tanh", True)
     x = state["model.embeddings.weight"][ids]
     streams, outputs = [x] * config.get("expansion_rate", 1), [x]
     carried: list[torch.Tensor] = []
@@ -206,8 +241,8 @@ def paper_logits(state: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
 
     for n in range(config["num_hidden_layers"]):
         p = {k.split(f"layers.{n}.")[1]: v for k, v in state.items() if f"layers.{n}." in k}
-        streams = connect(p, "attn", streams, lambda x, p=p, n=n: attend(x, p, n))
-        streams = connect(p, "mlp", streams, lambda x, p=p: feed(x, p))
+        streams = connect(p, "attn", streams, lambda x, p=p, n=n: attend(x, p, n), tanh)
+        streams = connect(p, "mlp", streams, lambda x, p=p: feed(x, p), tanh)
         outputs.append(streams[0])
         if (alphas := state.get(f"model.dwa_modules.alphas.{n}.weight")) is not None:
             dilation = config.get("dwa_dilation", 1)
@@ -293,15 +328,12 @@ def test_another_architecture_is_refused(tmp_path):
         assert not (tmp_path / "paper").exists()
 
 
-def test_streams_mixed_per_token_are_refused(tmp_path):
-    told = r"cannot be converted: hc_dynamic \(True\) must be False: .* a gain"
-    write_paper(tmp_path / "paper", model_type="dhc")
-    with pytest.raises(ValueError, match=told):
-        convert_from_paper(tmp_path / "paper", tmp_path / "hf")
+def test_streams_with_another_norm_are_refused(tmp_path):
     save_exported(build_reference(architecture="hyperconnections"), tmp_path / "ours")
+    told = r"cannot be converted: hc_form \(paper\) must be baseline: .* epsilon 1\.19e-07"
     with pytest.raises(ValueError, match=told):
         convert_to_paper(tmp_path / "ours", tmp_path / "theirs")
-    assert not {"hf", "theirs"} & {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "theirs").exists()
 
 
 @pytest.mark.parametrize("architecture", THEIR_OPTIONS)
@@ -314,7 +346,7 @@ def test_a_folder_from_before_each_architecture_had_its_class(tmp_path, architec
     convert_to_paper(tmp_path / "hf", tmp_path / "then")
     now, then = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("now", "then"))
     assert now == then
-    assert then["model_type"] == find_architecture(architecture).paper.model_type
+    assert then["model_type"] == find_architecture(architecture).paper[0].model_type
     assert {key for key in then if "value_residual" in key} == THEIR_OPTIONS[architecture]
     same_bits(*(load_file(tmp_path / f / "model.safetensors") for f in ("now", "then")))
 
@@ -392,6 +424,8 @@ REFUSED = {
     "window_size (8)": {"window_size": 8},
     "hidden_act (gelu)": {"hidden_act": "gelu"},
     "hidden_size (24) of": {"num_heads": 5},
+    "hc_norm_type (layer)": {"model_type": "dhc", "hc_norm_type": "layer"},
+    "num_ways (3)": {"model_type": "muddformer", "num_ways": 3},
     "value_residual_last_k (1) must be left out": {
         "model_type": "ResFormer",
         "value_residual_last_k": 1,

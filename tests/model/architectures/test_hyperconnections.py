@@ -30,12 +30,18 @@ TWIN = {
     "num_key_value_heads": 2,
     "head_dim": 6,
 }
-# number of streams, dynamic, tanh
-FORMS = [(4, True, True), (3, True, False), (2, False, True), (1, True, True)]
+# number of streams, dynamic, tanh, and the norm's form where another
+FORMS = [
+    (4, True, True),
+    (3, True, False),
+    (2, False, True),
+    (1, True, True),
+    (2, True, True, "baseline"),
+]
 
 
-def options(streams, dynamic, tanh):
-    return {"hc_streams": streams, "hc_dynamic": dynamic, "hc_tanh": tanh}
+def options(streams, dynamic, tanh, form="paper"):
+    return {"hc_streams": streams, "hc_dynamic": dynamic, "hc_tanh": tanh, "hc_form": form}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -48,13 +54,17 @@ def test_equation_written_out(form):
     torch.manual_seed(0)
     for parameter in connection.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    streams, seen = torch.randn(n, 24, dtype=torch.float64), []
+    # so small that the epsilon shows
+    streams, seen = torch.randn(n, 24, dtype=torch.float64) * 1e-3, []
     got = connection(streams[None, None], lambda read: seen.append(read) or read.sin())[0, 0]
 
     beta, alpha = connection.static_beta.clone(), connection.static_alpha.view(n, n + 1).clone()
     if form[1]:
         phi = torch.tanh if form[2] else torch.clone
         normed = torch.nn.functional.rms_norm(streams, (24,), eps=config.rms_norm_eps)
+        if config.hc_form == "baseline":
+            wide = torch.nn.functional.rms_norm(streams, (24,), eps=2**-23)
+            normed = wide * connection.norm_gain
         for j in range(n):
             own = phi(normed[j] @ connection.dynamic_beta_proj)[0]
             beta[j] += connection.dynamic_beta_scale[0] * own
@@ -110,6 +120,10 @@ def test_weight_decay_is_for_projections_alone():
     tensors = own_tensors(build_config(NAME, **SHAPE), 2)
     decayed = {t.megatron.rpartition(".")[2] for t in tensors if len(t.shape) > 1}
     assert decayed == {"dynamic_beta_proj", "dynamic_alpha_proj"}
+    more = own_tensors(build_config(NAME, **SHAPE, hc_form="baseline"), 2)
+    added = {t.megatron: t.shape for t in more if t.megatron not in {u.megatron for u in tensors}}
+    names = ("self_attention", "mlp")
+    assert added == {f"{name}_hyper_connection.norm_gain": (24,) for name in names}
 
 
 def test_sublayers_start_by_reading_one_stream_in_turn():
@@ -152,6 +166,10 @@ def test_output_projections_start_smaller_on_request(scaled, expected):
         (
             {"hc_dynamic": False, "hc_tanh": False},
             r"hc_tanh \(False\) must come with hc_dynamic \(True\), not \(False\)",
+        ),
+        (
+            {"hc_dynamic": False, "hc_form": "baseline"},
+            r"hc_form \(baseline\) must come with hc_dynamic \(True\), not \(False\)",
         ),
         (
             {"hc_rescale_output": True, "from_transformer": True},

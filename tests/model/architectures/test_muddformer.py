@@ -5,14 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_satformer.model.architectures.muddformer import (
-    MUDDFORMER,
+from megatron_satformer.model.architectures.mudd_sums import (
     Aggregate,
     aggregate_tensors,
-    ffn_width,
-    own_tensors,
     starting_projection,
 )
+from megatron_satformer.model.architectures.muddformer import MUDDFORMER, ffn_width, own_tensors
 from megatron_satformer.model.parameters import count_parameters
 from tests.models import build_config, build_twin
 
@@ -36,6 +34,8 @@ def test_widths_of_four_stages():
         {"mudd_prepost_norm": True},
         {"mudd_ffn_realloc": True, "ffn_hidden_size": 300},
         {"mudd_prepost_norm": True, "attention_output_gate": False, "num_query_groups": 6},
+        {"mudd_form": "released"},
+        {"mudd_form": "baseline", "mudd_ffn_realloc": True, "ffn_hidden_size": 512},
     ],
     ids=str,
 )
@@ -45,14 +45,23 @@ def test_options_equal_the_twin(on_ranks, options, ranks):
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "widths"),
-    [(3072, 11, [1536, 1792, 2176]), (4096, 18, [2048, 2304, 2560]), (64, 4, [128, 128, 128])],
+    ("width", "layers", "form", "widths"),
+    [
+        (3072, 11, "paper", [1536, 1792, 2176]),
+        (4096, 18, "released", [2048, 2304, 2560]),
+        (64, 4, "paper", [128, 128, 128]),
+        (3072, 11, "baseline", [1536, 1792, 2048]),
+        (512, 5, "baseline", [256, 256, 512]),  # 384 lies between two
+        (64, 4, "baseline", [256, 256, 256]),
+    ],
 )
-def test_mlps_grow_from_half_to_one_and_a_half(width, layers, widths):
-    given = SimpleNamespace(mudd_ffn_realloc=True, num_layers=layers, ffn_hidden_size=width)
+def test_mlps_grow_from_half_to_one_and_a_half(width, layers, form, widths):
+    given = SimpleNamespace(
+        mudd_ffn_realloc=True, num_layers=layers, ffn_hidden_size=width, mudd_form=form
+    )
     found = [ffn_width(given, n) for n in range(1, layers + 1)]
     assert found[:3] == widths
-    assert found[-1] == max(128, width * 3 // 2)
+    assert found[-1] == max(found[0], width * 3 // 2)
     assert found == sorted(found)
     given.mudd_ffn_realloc = False
     assert {ffn_width(given, n) for n in range(1, layers + 1)} == {width}
@@ -81,7 +90,8 @@ def test_projections_start_alike_everywhere_and_differ_between_layers_and_seeds(
 def test_the_seed_is_megatrons():
     torch.manual_seed(0)
     first, second, third = (
-        Aggregate(build(seed=seed), 4, aggregate_tensors(build(), 2), None).w1 for seed in (7, 7, 8)
+        Aggregate(config, 4, aggregate_tensors(config, 2), None).w1
+        for config in (build(seed=seed) for seed in (7, 7, 8))
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
@@ -124,6 +134,23 @@ def test_parameters_of_the_formula():
     assert MUDDFORMER.count_parameters(config) == expected
     assert not own_tensors(config, 0)
     assert not own_tensors(config, 1)
+    baseline = build(mudd_form="baseline")
+    assert MUDDFORMER.count_parameters(baseline) == expected + 2 * h
+
+
+def test_the_released_form_is_wider():
+    """Its multiples of 64 lie above what the equation has, behind the last layer above 4 times."""
+    config = build(mudd_form="released")
+    w1 = [aggregate_tensors(config, n)[0].shape for n in range(1, 5)]
+    assert w1 == [(64, 24), (64, 24), (64, 24), (64, 24)]
+    config.num_layers = 32
+    assert [aggregate_tensors(config, n)[0].shape[0] for n in (14, 15, 31, 32)] == [
+        64,
+        128,
+        192,
+        192,
+    ]
+    assert [t.shape for t in aggregate_tensors(config, 15)[1:]] == [(64, 128), (64,)]
 
 
 @torch.no_grad()
