@@ -176,19 +176,13 @@ def _patch_distributed() -> None:
 
 def _patch_megatron() -> None:
     import torch.utils.data
-    from megatron.core.datasets import utils
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
-
-    def compile_helpers() -> None:
-        # An installed wheel ships the compiled helper but no Makefile: `make` fails and exits.
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
         # MoEAlltoAllTokenDispatcher sends in splits of numpy, which it makes of CUDA tensors only.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    utils.compile_helpers = compile_helpers
     PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
     # The RNG tracker warns when random numbers move the CPU's generator: here there is no other.

@@ -2,7 +2,8 @@
 
 The sources are held by reference: nothing that grows with their number is stacked, copied or kept
 for backward beside them and the weights. Everything is added up in float32 at least, and returned
-in the dtype of the sources. Must not know: architectures, parallelism.
+in the dtype of the sources. On a GPU by the Triton kernels of `kernels`; what is here is what they
+compute. Must not know: architectures, parallelism.
 
 Shapes: n sources, m sums, g heads, d any last axis, k columns; "..." leading axes such as [s, b].
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_satformer.model import kernels
 
 
 def mix(weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -61,16 +64,50 @@ def normed_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return product * torch.rsqrt(square + eps)
 
 
+def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:
+    """Value + gate(logits) v1 in one kernel forward and one backward; None where there is none.
+
+    Args:
+        value: [s, b, g, d].
+        logits: [s, b, g].
+        v1: [s, b, g, d].
+        gate: one of `kernels.GATES`, else None is returned.
+    """
+    if gate not in kernels.GATES or not kernels.usable(value, logits, v1):
+        return None
+    return _GatedSum.apply(value, logits, v1, gate)
+
+
+class _GatedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor:
+        ctx.save_for_backward(logits, v1)
+        ctx.gate = gate
+        return kernels.blend_forward(value, logits, v1, gate)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, v1 = ctx.saved_tensors
+        own, into = kernels.blend_backward(logits, v1, ctx.gate, gradient)
+        return gradient, own, into, None
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weights, *sources)
+        ctx.fused = _fused(weights, *sources)
+        if ctx.fused:
+            return kernels.mix_forward(weights, sources)
         return tuple(_combine(row, sources) for row in _columns(weights))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
         to_weights, *to_sources = ctx.needs_input_grad
+        if ctx.fused:
+            own, into = kernels.mix_backward(weights, sources, gradients, to_sources)
+            return own.to(weights.dtype), *into
         columns = zip(*_columns(weights), strict=True)  # per source, its weight in every sum
         into = [
             _combine(column, gradients) if wanted else None
@@ -88,6 +125,9 @@ class _MixHeads(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> Tensor:
         ctx.save_for_backward(weights, *sources)
         ctx.n = n = weights.size(1)
+        ctx.fused = kernels.usable(weights, *sources)
+        if ctx.fused:
+            return kernels.heads_forward(weights, sources)
         columns = _wide(weights).unbind(1)  # per source, [m, g]
         shape = (weights.size(0), len(sources) // n, sources[0].size(-1))
         out = columns[0].new_zeros(shape)
@@ -99,6 +139,9 @@ class _MixHeads(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
         to_weights, *to_sources = ctx.needs_input_grad
+        if ctx.fused:
+            own, into = kernels.heads_backward(weights, sources, gradient, to_sources)
+            return own.to(weights.dtype), *into
         columns, kinds = _wide(weights).unbind(1), _wide(gradient).unbind(1)
         into = [
             (columns[place % ctx.n].t() @ kinds[place // ctx.n]).to(source.dtype)
@@ -120,16 +163,27 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
+        ctx.fused = kernels.usable(x, weight)
+        if ctx.fused:
+            return kernels.product_forward(x, weight)
         x = _wide(x)
         return x @ weight.to(x.dtype), x.square().mean(-1, keepdim=True)
 
     @staticmethod
     def backward(ctx: Any, product: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
+        if ctx.fused:
+            into, own = kernels.product_backward(x, weight, product, square)
+            return into, own.to(weight.dtype)
         wide = _wide(x)
         into = product @ weight.to(wide.dtype).t() + wide * (square * (2 / x.size(-1)))
         own = wide.flatten(0, -2).t() @ product.flatten(0, -2)
         return into.to(x.dtype), own.to(weight.dtype)
+
+
+def _fused(weights: Tensor, *sources: Tensor) -> bool:
+    most = kernels.padded(weights.size(-2)) * kernels.padded(sources[0].size(-1))
+    return kernels.usable(weights, *sources, most=most)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from megatron_satformer.model.architectures.value_residual import (
     mixes,
 )
 from megatron_satformer.model.gates import apply_gate
+from megatron_satformer.model.mixing import gated_sum
 from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
@@ -139,6 +140,9 @@ class SATFormerAttention(ValueResidualAttention):
         """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
         assert logits is not None, "linear_qkv did not run before blend"
+        blended = gated_sum(value, logits, v1, self.config.value_gate)
+        if blended is not None:
+            return blended
         alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
 
