@@ -155,8 +155,8 @@ def heads_into(into, gradient, weights, X, N: tl.constexpr, M: tl.constexpr, G: 
         known = (g < G)[:, None] & (i < M)[None, :]
         w = tl.load(weights + (i[None, :] * N + j) * G + g[:, None], mask=known, other=0.0)
         block = tl.dot(w.to(tl.float32), given, input_precision=PRECISION)
-        there = (g < G)[:, None] & (x < X)[None, :]
-        tl.store(target + g[:, None] * X + x[None, :], block.to(DTYPE), mask=there & wanted)
+        whole = (g < G)[:, None] & (x < X)[None, :]
+        tl.store(target + g[:, None] * X + x[None, :], block.to(DTYPE), mask=whole & wanted)
 
 
 @triton.jit
