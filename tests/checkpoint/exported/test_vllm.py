@@ -228,19 +228,25 @@ def test_tensor_parallel(name, models, split):
 def starter(environment, tmp_path_factory) -> Iterator[Callable[[list], int]]:
     """Starts a server with flags and a log, and gives its process."""
     script = ROOT / "tests/checkpoint/exported/servers_in_vllm.py"
-    with subprocess.Popen(
-        [Path(VLLM) / "python", script],
-        env=environment | EAGER | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(tmp_path_factory.mktemp("starter") / "log").open("w"),
-        text=True,
-    ) as process:
+    log = tmp_path_factory.mktemp("starter") / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [Path(VLLM) / "python", script],
+            env=environment | EAGER | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
 
         def start(flags: list) -> int:
             process.stdin.write(json.dumps([*map(str, flags)]) + "\n")
             process.stdin.flush()
-            return int(process.stdout.readline())
+            answer = process.stdout.readline()
+            assert answer, log.read_text()[-6000:]
+            return int(answer)
 
         yield start
 
@@ -314,8 +320,9 @@ def test_server_streams(name, models, server):
         words = [event["text"].split() for event in events]
         parts = [event["logprobs"]["token_logprobs"] for event in events if event["logprobs"]]
         tokens = [int(word[1:]) for word in chain.from_iterable(words)]
-        assert len(tokens) == TOKENS
-        _check(models[name][1], PROMPTS[3], tokens, [*chain.from_iterable(parts)])
+        logprobs = [*chain.from_iterable(parts)]
+        assert len(tokens) == len(logprobs) == TOKENS
+        _check(models[name][1], PROMPTS[3], tokens, logprobs)
         counts = [len(part) for part in words if part]
         if len(counts) == TOKENS:
             return
