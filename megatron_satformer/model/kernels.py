@@ -276,10 +276,11 @@ def _sizes(m: int, *tables: Sequence[Tensor | None]) -> dict[str, Any]:
 
 def _by_token(weights: Tensor) -> tuple[Tensor, int, int, int]:
     """Weights and their strides over tokens, sums and sources."""
-    if weights.dim() == 2:
-        return weights, 0, *weights.stride()
-    weights = weights.reshape(-1, *weights.shape[-2:])
-    return weights, *weights.stride()
+    token = 0
+    if weights.dim() > 2:
+        weights = weights.reshape(-1, *weights.shape[-2:])
+        token = weights.stride(0)
+    return weights, token, weights.stride(-2), weights.stride(-1)
 
 
 def _table(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 def pytest_collection_modifyitems(items):
     """All tests of an architecture in one process, which makes its checkpoint once."""
     for item in items:
-        if "gpu" in item.keywords and hasattr(item, "callspec"):
-            item.add_marker(pytest.mark.xdist_group(item.callspec.params["architecture"]))
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params.get("architecture")))
 
 
 @pytest.fixture(scope="session")

@@ -140,9 +140,10 @@ class SATFormerAttention(ValueResidualAttention):
         """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
         assert logits is not None, "linear_qkv did not run before blend"
-        blended = gated_sum(value, logits, v1, self.config.value_gate)
-        if blended is not None:
-            return blended
+        if self.config.fused_blend:
+            blended = gated_sum(value, logits, v1, self.config.value_gate)
+            if blended is not None:
+                return blended
         alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
 
