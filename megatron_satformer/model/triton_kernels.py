@@ -1,6 +1,7 @@
 """The kernels themselves; see `kernels`, which alone imports this file, where Triton is.
 
-Shapes: T tokens, D numbers each, N sources, M sums, K columns; B*: a program's block of them.
+Shapes: T tokens, D numbers each, N sources, M sums, K columns; B*: a program's block of them. What
+is compiled serves any number of sources, so that deep models compile no more than shallow ones.
 """
 
 import torch
@@ -27,7 +28,7 @@ def _rows(table, offset, M: tl.constexpr, D, BM: tl.constexpr, BD: tl.constexpr,
 
 
 @triton.jit
-def mix_forward(sources, out, weights, wt, wm, wn, D, N: tl.constexpr, M: tl.constexpr,
+def mix_forward(sources, out, weights, wt, wm, wn, D, N, M: tl.constexpr,
                 BM: tl.constexpr, BD: tl.constexpr, DTYPE: tl.constexpr,
                 ALIGNED: tl.constexpr):  # fmt: skip
     """One token: M sums of N sources."""
@@ -44,7 +45,7 @@ def mix_forward(sources, out, weights, wt, wm, wn, D, N: tl.constexpr, M: tl.con
 
 
 @triton.jit
-def mix_backward(sources, gradients, into, weights, wt, wm, wn, own, D, N: tl.constexpr,
+def mix_backward(sources, gradients, into, weights, wt, wm, wn, own, D, N,
                  M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, DTYPE: tl.constexpr,
                  ALIGNED: tl.constexpr):  # fmt: skip
     """One token: gradients of its weights [M, N], and of the sources whose table entry is not 0."""
@@ -119,13 +120,13 @@ def product_own(x, product, own, T, K, D: tl.constexpr, SHARE: tl.constexpr, BT:
 
 
 @triton.jit
-def heads_forward(sources, out, weights, X, N: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
+def heads_forward(sources, out, weights, X, N, M: tl.constexpr, G: tl.constexpr,
                   BM: tl.constexpr, BG: tl.constexpr, BX: tl.constexpr, DTYPE: tl.constexpr,
-                  ALIGNED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  ALIGNED: tl.constexpr, PRECISION):  # fmt: skip
     """A block of X numbers of one kind: M sums over N sources of G heads; out [M, kinds, X]."""
     kind, kinds = tl.program_id(1), tl.num_programs(1)
     x = tl.program_id(0).to(tl.int64) * BX + tl.arange(0, BX)
-    i, g = tl.arange(0, BM), tl.arange(0, BG)
+    i, g = tl.arange(0, BM).to(tl.int64), tl.arange(0, BG).to(tl.int64)
     total = tl.zeros([BM, BX], tl.float32)
     for j in range(N):
         source = _place(sources + kind * N + j, DTYPE, ALIGNED)
@@ -139,13 +140,13 @@ def heads_forward(sources, out, weights, X, N: tl.constexpr, M: tl.constexpr, G:
 
 
 @triton.jit
-def heads_into(into, gradient, weights, X, N: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
+def heads_into(into, gradient, weights, X, N, M: tl.constexpr, G: tl.constexpr,
                BM: tl.constexpr, BG: tl.constexpr, BX: tl.constexpr, DTYPE: tl.constexpr,
-               ALIGNED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               ALIGNED: tl.constexpr, PRECISION):  # fmt: skip
     """A block of X numbers of one kind: gradients of the sources whose table entry is not 0."""
     kind, kinds = tl.program_id(1), tl.num_programs(1)
     x = tl.program_id(0).to(tl.int64) * BX + tl.arange(0, BX)
-    i, g = tl.arange(0, BM), tl.arange(0, BG)
+    i, g = tl.arange(0, BM).to(tl.int64), tl.arange(0, BG).to(tl.int64)
     there = (i < M)[:, None] & (x < X)[None, :]
     places = gradient + (i[:, None] * kinds + kind) * X + x[None, :]
     given = tl.load(places, mask=there, other=0.0).to(tl.float32)
@@ -160,13 +161,13 @@ def heads_into(into, gradient, weights, X, N: tl.constexpr, M: tl.constexpr, G: 
 
 
 @triton.jit
-def heads_own(sources, gradient, own, X, N: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
+def heads_own(sources, gradient, own, X, N, M: tl.constexpr, G: tl.constexpr,
               SHARE: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr, BX: tl.constexpr,
-              DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              DTYPE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION):  # fmt: skip
     """A share of X for one source of one kind: part of the weights' gradient, [M, G]."""
     split, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kind, kinds = place // N, tl.num_programs(1) // N
-    i, g = tl.arange(0, BM), tl.arange(0, BG)
+    i, g = tl.arange(0, BM).to(tl.int64), tl.arange(0, BG).to(tl.int64)
     total = tl.zeros([BM, BG], tl.float32)
     source = _place(sources + place, DTYPE, ALIGNED)
     for start in range(0, SHARE, BX):
