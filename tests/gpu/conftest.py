@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 
+from tests.gpu.machine import GPU
+
 
 def pytest_collection_modifyitems(items):
     """All tests of an architecture in one process, which makes its checkpoint once."""
@@ -42,5 +44,5 @@ def measured_on_rank(on_ranks, tmp_path, record_property):
 
 @pytest.fixture
 def two_devices():
-    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+    if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -1,14 +1,14 @@
 """Triton's kernels on a GPU against plain torch, forward and backward."""
 
 import pytest
-import torch
 
+from tests.gpu.machine import GPU
 from tests.model.kernels import CHECKS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not GPU, reason="needs a GPU"),
 ]
 
 
