@@ -157,6 +157,7 @@ def _patch_tensors() -> None:
 def _patch_distributed() -> None:
     dist = torch.distributed
     plain_all_reduce, plain_barrier = dist.all_reduce, dist.barrier
+    plain_all_gather = dist.all_gather
 
     def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **kwargs: Any) -> Any:
         # gloo has no AVG (averaged gradients of replicated parameters).
@@ -171,7 +172,20 @@ def _patch_distributed() -> None:
         # gloo takes no device_ids (initialize_model_parallel).
         return plain_barrier(*args, **kwargs)
 
-    dist.all_reduce, dist.barrier = all_reduce, barrier
+    def all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        # gloo has no ranks that give more than others (LayerWiseDistributedOptimizer).
+        most = max(x.numel() for x in tensors)
+        if all(x.numel() == most for x in tensors):
+            return plain_all_gather(tensors, tensor, *args, **kw)
+        assert not kw.get("async_op"), "ranks of many sizes are emulated synchronously"
+        padded = [tensor.new_empty(most) for _ in tensors]
+        mine = torch.cat((tensor.flatten(), tensor.new_empty(most - tensor.numel())))
+        plain_all_gather(padded, mine, *args, **kw)
+        for place, whole in zip(tensors, padded, strict=True):
+            place.copy_(whole[: place.numel()].view(place.shape))
+        return None
+
+    dist.all_reduce, dist.barrier, dist.all_gather = all_reduce, barrier, all_gather
 
 
 def _patch_megatron() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_satformer.backend import cpu, dataset_helper, distributed_optimizer
+from megatron_satformer.backend import cpu, dataset_helper, distributed_optimizer, muon
 
 
 def choose_device(wanted: str) -> bool:
@@ -28,4 +28,5 @@ def choose_device(wanted: str) -> bool:
         cpu.activate()
     dataset_helper.activate()
     distributed_optimizer.activate()
+    muon.activate()
     return cuda

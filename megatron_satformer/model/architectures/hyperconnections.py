@@ -313,8 +313,8 @@ HYPERCONNECTIONS = Architecture(
         *REFUSES,
         Row(
             "optimizer",
-            "it orthogonalises every matrix, the small projections of streams included",
-            ("adam", "sgd", "lion"),
+            "not tried with projections of streams",
+            ("adam", "sgd", "lion", "muon", "dist_muon"),
         ),
         Row("fused_residual_rmsnorm", "its norms hand on a residual that is added to nothing here"),
     ),

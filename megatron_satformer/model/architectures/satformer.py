@@ -165,6 +165,11 @@ class SATFormerAttention(ValueResidualAttention):
     def _init_gate_rows(self) -> None:
         weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
         _, gate, padding = weight.split(self._row_counts)
+        # For backend/muon.py: what the rows are, and those of q, k and v in each group of heads.
+        heads, head = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        queries = heads // self.num_query_groups_per_partition * head
+        gated = [queries] if self.config.attention_output_gate else []
+        weight.qkv_split_shapes = (*self._row_counts,), (queries, *gated, head, head)
         if self.config.perform_initialization:
             padding.zero_()
             if self.config.value_gate_init_std is not None:
@@ -307,8 +312,8 @@ SATFORMER = Architecture(
         Row("ckpt_format", _FORMAT, ("torch_dist",)),
         Row(
             "optimizer",
-            "it orthogonalises linear_qkv, gate rows included",
-            ("adam", "sgd", "lion"),
+            "it takes linear_qkv, gate rows included, for one matrix",
+            ("adam", "sgd", "lion", "muon", "dist_muon"),
         ),
     ),
     plain_start=why_not_from_zero,
