@@ -216,7 +216,7 @@ def install(checkout, code=0, **environment):
     return done.stdout + done.stderr, calls
 
 
-PACKAGES = ["setuptools>=77", ".[data,dev,eval,hf,logging]"]
+PACKAGES = ["setuptools>=77", ".[data,dev,eval,hf,logging,muon]"]
 
 
 def test_installs_once(checkout):
