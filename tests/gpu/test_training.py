@@ -34,6 +34,13 @@ def test_bf16_follows_fp32(trained, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_change_nothing(trained, architecture):
+    fused, plain = trained(architecture, LOCAL), trained(architecture, f"{LOCAL} --no-fused-blend")
+    assert fused.losses == pytest.approx(plain.losses, rel=RTOL)
+    assert fused.grad_norms == pytest.approx(plain.grad_norms, rel=10 * RTOL)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_resumes_and_exports(started, pretrain, tmp_path, architecture):
     flags, _ = started(architecture)
     flags = [*flags, *LOCAL.split(), "--bf16", "--save-interval", 2]
