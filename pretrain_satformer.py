@@ -70,6 +70,7 @@ from megatron_satformer.cli import only_rank_0_speaks, usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
+from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
 from megatron_satformer.parallel.carry import check_ranks_hold_something
@@ -344,6 +345,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             preview = arguments.preview_arguments()
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
+        check_layout(preview)
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
         args = arguments.finish_arguments(
