@@ -56,7 +56,7 @@ from megatron.training.initialize import _initialize_distributed
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_satformer import arguments, refusals
+from megatron_satformer import arguments, metrics, refusals
 from megatron_satformer.backend import parameter_groups
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
@@ -348,6 +348,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
         check_layout(preview)
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
+        metrics.hold_arguments()
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )
@@ -363,6 +364,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             samples = planned_samples(vars(args))
             if samples is not None:
                 prepare_data(samples)
+            print(metrics.tell_arguments(args), flush=True)
             print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
             for warning in (
                 model.transformer.warning,
@@ -370,6 +372,7 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             ):
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
+    metrics.activate(cuda)
     return args, model
 
 

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "unsupported": set(),
     "sizes": set(),
     "layout": {"benchmark"},
+    "metrics": {"benchmark", "files"},
     "config": set(),
     "arguments": {"config", "layout", "model", "sizes"},
     "refusals": {"arguments", "config", "model", "unsupported"},
@@ -37,6 +38,7 @@ ONLY_IN = {
         "model/builder",
         "config",
         "backend/parameter_groups",
+        "metrics",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},
