@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
+    "machine": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "checkpoint", "config", "data", "files", "model"},
