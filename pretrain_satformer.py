@@ -73,6 +73,7 @@ from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
+from megatron_satformer.model.gate_stats import GateStats
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
@@ -372,7 +373,11 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             ):
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
-    metrics.activate(cuda)
+    gates = None
+    if args.log_gates_interval:
+        gates = GateStats(args.num_layers, args.log_gates_interval)
+        model.pre_wrap_hooks = [*model.pre_wrap_hooks, gates.watch]
+    metrics.activate(cuda, gates)
     return args, model
 
 

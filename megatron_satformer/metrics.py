@@ -26,6 +26,7 @@ from megatron.training.utils import is_last_rank
 from megatron_satformer.benchmark.utilization import peak_flops
 from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.files.metrics_file import MetricsFile
+from megatron_satformer.model.gate_stats import GateStats
 
 METRICS, ARGUMENTS = "metrics.jsonl", "arguments.txt"
 _EVALUATION = re.compile(r" validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \| (.*)")
@@ -64,13 +65,14 @@ def run_folder(args: Namespace) -> Path | None:
     return Path(folder) if folder else None
 
 
-def activate(cuda: bool) -> None:
+def activate(cuda: bool, gates: GateStats | None) -> None:
     """Follow Megatron's log; a second call starts anew.
 
     Args:
         cuda: whether the run uses CUDA.
+        gates: that are to be logged.
     """
-    metrics = RunMetrics(device_peak(cuda))
+    metrics = RunMetrics(device_peak(cuda), gates)
     training.training_log = metrics.log
     training.print_rank_last = metrics.print_line
 
@@ -85,10 +87,11 @@ class RunMetrics:
 
     Args:
         peak: bf16 FLOP/s of the device, for the MFU; None where it is not known.
+        gates: added up over all ranks at their interval.
     """
 
-    def __init__(self, peak: float | None) -> None:
-        self._peak = peak
+    def __init__(self, peak: float | None, gates: GateStats | None) -> None:
+        self._peak, self._gates = peak, gates
         self._file: MetricsFile | None = None
         self._losses: dict[str, torch.Tensor] = {}
         self._steps: Counter[str] = Counter()
@@ -99,10 +102,12 @@ class RunMetrics:
 
     def log(self, *args: Any, **kwargs: Any) -> Any:
         """In place of Megatron's training_log: it, and the record of the step."""
+        step = inspect.signature(_plain_log).bind(*args, **kwargs).arguments
+        if self._gates is not None:
+            self._tell_gates(self._gates, step["iteration"])
         if not is_last_rank():
             return _plain_log(*args, **kwargs)
         options = get_args()
-        step = inspect.signature(_plain_log).bind(*args, **kwargs).arguments
         self._add(step)
         first = step.get("is_first_iteration", False)
         told = first or step["iteration"] % options.log_interval == 0
@@ -125,6 +130,18 @@ class RunMetrics:
             found = {_key(key): float(value) for key, value in _VALUE.findall(values)}
             self._write({"step": int(step), "split": f"{split}{name}"} | found)
         _plain_print(line)
+
+    def _tell_gates(self, stats: GateStats, step: int) -> None:
+        gates = stats.take(step)  # on all ranks
+        if not (gates and is_last_rank()):
+            return
+        means = {layer: found.mean for layer, found in gates.items()}
+        zeros = {layer: found.zeros for layer, found in gates.items()}
+        self._write({"step": step, "split": "gates", "alpha_mean": means, "alpha_zeros": zeros})
+        if writer := training.get_tensorboard_writer():
+            for layer, found in gates.items():
+                writer.add_scalar(f"alpha mean/layer {layer}", found.mean, step)
+                writer.add_scalar(f"alpha zeros/layer {layer}", found.zeros, step)
 
     def _add(self, step: dict[str, Any]) -> None:
         self._steps["all"] += 1

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "unsupported": set(),
     "sizes": set(),
     "layout": {"benchmark"},
-    "metrics": {"benchmark", "files"},
+    "metrics": {"benchmark", "files", "model"},
     "config": set(),
     "arguments": {"config", "layout", "model", "sizes"},
     "refusals": {"arguments", "config", "model", "unsupported"},

@@ -59,7 +59,7 @@ def plot_runs(
             points = [
                 (np.interp(record["step"], *steps_and_xs), record[metric])
                 for record in records
-                if record["split"] == split and record.get(metric) is not None
+                if record["split"] == split and isinstance(record.get(metric), int | float)
             ]
             if points:
                 label = name if split == "train" else f"{name}, {split}"
