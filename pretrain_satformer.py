@@ -73,7 +73,6 @@ from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
-from megatron_satformer.model.gate_stats import GateStats
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
@@ -365,19 +364,15 @@ def configure() -> tuple[Any, DecoderModelConfig]:
             samples = planned_samples(vars(args))
             if samples is not None:
                 prepare_data(samples)
-            print(metrics.tell_arguments(args), flush=True)
-            print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
+            report = describe_run(args, model.transformer, cuda, args.padded_vocab_size)
+            print(metrics.tell_arguments(args), report, sep="\n", flush=True)
             for warning in (
                 model.transformer.warning,
                 export_warning(own_tokenizer_options(args)),
             ):
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
-    gates = None
-    if args.log_gates_interval:
-        gates = GateStats(args.num_layers, args.log_gates_interval)
-        model.pre_wrap_hooks = [*model.pre_wrap_hooks, gates.watch]
-    metrics.activate(cuda, gates)
+    model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda)]
     return args, model
 
 

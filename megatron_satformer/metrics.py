@@ -13,6 +13,7 @@ import re
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -61,20 +62,27 @@ def tell_arguments(args: Namespace) -> str:
 
 def run_folder(args: Namespace) -> Path | None:
     """Where files about a run lie; None if it writes nothing at all."""
-    folder = args.save or args.tensorboard_dir
-    return Path(folder) if folder else None
+    folders = [place for place in (args.save, args.tensorboard_dir) if place]
+    own = [place for place in folders if "://" not in place]  # not in an object store
+    return Path(own[0]) if own else None
 
 
-def activate(cuda: bool, gates: GateStats | None) -> None:
+def activate(args: Namespace, cuda: bool) -> list[Callable[..., Any]]:
     """Follow Megatron's log; a second call starts anew.
 
     Args:
+        args: validated.
         cuda: whether the run uses CUDA.
-        gates: that are to be logged.
+
+    Returns:
+        `pre_wrap_hooks` of Megatron's, for what is to be seen inside of the model.
     """
+    every = args.log_gates_interval
+    gates = GateStats(args.num_layers, every) if every else None
     metrics = RunMetrics(device_peak(cuda), gates)
     training.training_log = metrics.log
     training.print_rank_last = metrics.print_line
+    return [gates.watch] if gates else []
 
 
 def device_peak(cuda: bool) -> float | None:
