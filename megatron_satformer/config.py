@@ -24,6 +24,10 @@ class DecoderOptions:
     """Scale the init of the output projections (linear_proj, linear_fc2) by 1/sqrt(2 num_layers),
     Megatron's default. Without it they are N(0, init_method_std) like the rest, as published."""
 
+    fused_blend: bool = True
+    """Leave Triton's kernels out, which on a GPU make V' and the sums of what earlier layers made;
+    what they compute is computed by torch then."""
+
     from_transformer: bool = False
     """Start from the weights of a plain Transformer, saved by this project or by Megatron-LM: its
     folder is --pretrained-checkpoint (read until --load holds a checkpoint, so that the same

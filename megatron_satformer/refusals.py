@@ -84,6 +84,7 @@ def check_model(args: Namespace, cuda: bool) -> None:
     backend = _backend(args, cuda)
     _check_engine(args, cuda, backend)
     _check_experts(args, cuda, backend)
+    _check_muon(args)
 
 
 def _check_device(preview: Namespace, cuda: bool) -> None:
@@ -173,6 +174,25 @@ def _check_async_save(preview: Namespace) -> None:
             "that Megatron 0.19.2 can use, and there is none. Install one, or use "
             "--async-strategy mcore."
         ) from error
+
+
+def _check_muon(args: Namespace) -> None:
+    if args.optimizer not in ("muon", "dist_muon"):
+        return
+    if not importable("emerging_optimizers"):
+        raise ValueError(
+            f"optimizer ({args.optimizer}) needs the package emerging-optimizers, which is not "
+            "installed. Install it (pip install 'emerging-optimizers==0.3.0'), or use adam."
+        )
+    layer_wise = args.use_distributed_optimizer or args.optimizer == "dist_muon"
+    if (layer_wise or getattr(args, "use_layer_wise_distributed_optimizer", False)) and (
+        not args.bf16
+    ):
+        raise ValueError(
+            f"optimizer ({args.optimizer}) whose matrices are shared out over data-parallel ranks "
+            "must come with bf16 (True): Megatron 0.19.2 cannot do it in fp32. Add --bf16, or "
+            "leave --use-distributed-optimizer out and use --optimizer muon."
+        )
 
 
 def _check_experts(preview: Namespace, cuda: bool, backend: str) -> None:

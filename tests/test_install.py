@@ -161,8 +161,9 @@ def test_system_constraints_keep_what_is_there(tmp_path):
     assert not [line for line in output if line.startswith("numpy") or line == "torch==1.0"]
 
 
-def test_constraints_are_exact():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+def test_constraints_are_exact(file):
+    lines = (ROOT / file).read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(line.count("==") == 1 and "@" not in line for line in pins)
     names = [line.partition("==")[0].lower() for line in pins]
@@ -215,7 +216,7 @@ def install(checkout, code=0, **environment):
     return done.stdout + done.stderr, calls
 
 
-PACKAGES = ["setuptools>=77", ".[data,dev,eval,hf,logging]"]
+PACKAGES = ["setuptools>=77", ".[data,dev,eval,hf,logging,muon]"]
 
 
 def test_installs_once(checkout):

@@ -46,7 +46,7 @@ UNSUPPORTED = {
 }
 NOT_WITH_V1 = {
     "--qk-clip": "qk_clip (True)",
-    "--optimizer muon": "optimizer (muon)",
+    "--optimizer soap": "optimizer (soap)",
     "--ckpt-format torch": "ckpt_format (torch)",
     "--ckpt-convert-format torch": "ckpt_convert_format (torch)",
     "--cuda-graph-impl local": "cuda_graph_impl (local)",

@@ -61,7 +61,7 @@ OURS = {name for name in CARRYING if TABLE[name].startswith("megatron_satformer.
     [
         ("qk_clip", True, {*"satformer lime muddformer".split()}),
         ("ckpt_format", "torch", {"satformer"}),
-        ("optimizer", "muon", {*"satformer hyperconnections muddformer".split()}),
+        ("optimizer", "soap", {*"satformer hyperconnections muddformer".split()}),
         ("fp8_param_gather", True, {"satformer"}),
         ("fused_residual_rmsnorm", True, {"hyperconnections"}),
         ("use_megatron_fsdp", True, OURS),

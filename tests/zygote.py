@@ -1,8 +1,9 @@
 """A process that has imported torch and Megatron once and forks the ranks of every test.
 
-Reads one JSON job per line from stdin, {"ranks", "call" or "argv", "log", "port"}, and answers each
-with one line, the list of exit codes, once it has said that it is ready. Computes nothing itself, so that forking stays safe. Where
-an import has started CUDA, which does not survive a fork, ranks import for themselves.
+Says when it is ready. Then reads one JSON job per line from stdin, {"ranks", "call" or "argv",
+"log", "port"}, and answers each with one line, the list of exit codes. Computes nothing itself, so
+that forking stays safe. Where an import has started CUDA, which does not survive a fork, ranks
+import for themselves.
 """
 
 import contextlib

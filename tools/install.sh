@@ -17,7 +17,7 @@ readonly VENV_DIR=.venv
 readonly STAMP=$VENV_DIR/.satformer-stamp    # what is installed, written when everything is
 readonly MODE_FILE=$VENV_DIR/.satformer-mode # own or system, then "half" until .venv can be used; we made it
 readonly LOG=$VENV_DIR/install.log
-readonly EXTRAS=data,dev,eval,hf,logging
+readonly EXTRAS=data,dev,eval,hf,logging,muon
 readonly HOW_TO_GET="apt-get install python3.12 python3.12-venv, pyenv install 3.12 or uv python install 3.12"
 
 say() { printf '%s\n' "$*"; }

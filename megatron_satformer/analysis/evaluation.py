@@ -43,15 +43,24 @@ class Prefix:
         text: Its name.
         why: Where it comes from.
         ends: Whether the tokenizer's template also puts tokens behind a text.
+        left_out: Names of the tokens that the template puts before this one. lm_eval has room for
+            one where no context goes before a text.
     """
 
     token: int
     text: str
     why: str
     ends: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         told = f"evaluate: the token before a text is {self.token} ({self.text}): {self.why}."
+        if self.left_out:
+            told += (
+                f" WARNING: the template puts {' '.join(self.left_out)} before it, which is left "
+                "out where a text is scored whole or follows nothing: lm_eval takes one token "
+                "there. Those figures are not the model's behind its whole template."
+            )
         if self.ends:
             told += (
                 " The template also puts tokens behind a text, where a continuation is to follow, "
@@ -96,7 +105,9 @@ def find_prefix(folder: Path, given: int | None = None) -> Prefix:
             f"eos_token_id of {folder / 'config.json'} ({ending}) must name the token that a text "
             "follows, for the tokenizer's template adds none. Set PREFIX_TOKEN_ID."
         )
-    return Prefix(token, str(tokens.convert_ids_to_tokens(token)), why, ends)
+    left_out = () if given is not None else tokens.convert_ids_to_tokens(before[:-1])
+    name = tokens.convert_ids_to_tokens(token)
+    return Prefix(token, str(name), why, ends, tuple(map(str, left_out)))
 
 
 def evaluate(

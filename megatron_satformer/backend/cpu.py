@@ -164,6 +164,7 @@ def _patch_tensors() -> None:
 def _patch_distributed() -> None:
     dist = torch.distributed
     plain_all_reduce, plain_barrier = dist.all_reduce, dist.barrier
+    plain_all_gather = dist.all_gather
 
     def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **kwargs: Any) -> Any:
         # gloo has no AVG (averaged gradients of replicated parameters).
@@ -178,24 +179,31 @@ def _patch_distributed() -> None:
         # gloo takes no device_ids (initialize_model_parallel).
         return plain_barrier(*args, **kwargs)
 
-    dist.all_reduce, dist.barrier = all_reduce, barrier
+    def all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        # gloo has no ranks that give more than others (LayerWiseDistributedOptimizer).
+        most = max(x.numel() for x in tensors)
+        if all(x.numel() == most for x in tensors):
+            return plain_all_gather(tensors, tensor, *args, **kw)
+        assert not kw.get("async_op"), "ranks of many sizes are emulated synchronously"
+        padded = [tensor.new_empty(most) for _ in tensors]
+        mine = torch.cat((tensor.flatten(), tensor.new_empty(most - tensor.numel())))
+        plain_all_gather(padded, mine, *args, **kw)
+        for place, whole in zip(tensors, padded, strict=True):
+            place.copy_(whole[: place.numel()].view(place.shape))
+        return None
+
+    dist.all_reduce, dist.barrier, dist.all_gather = all_reduce, barrier, all_gather
 
 
 def _patch_megatron() -> None:
     import torch.utils.data
-    from megatron.core.datasets import utils
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
-
-    def compile_helpers() -> None:
-        # An installed wheel ships the compiled helper but no Makefile: `make` fails and exits.
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
         # MoEAlltoAllTokenDispatcher sends in splits of numpy, which it makes of CUDA tensors only.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    utils.compile_helpers = compile_helpers
     PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
     # The RNG tracker warns when random numbers move the CPU's generator: here there is no other.

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_satformer.backend import cpu, distributed_optimizer
+from megatron_satformer.backend import cpu, dataset_helper, distributed_optimizer, muon
 
 
 def choose_device(wanted: str) -> bool:
@@ -26,5 +26,7 @@ def choose_device(wanted: str) -> bool:
     cuda = found and wanted != "cpu"
     if not cuda:
         cpu.activate()
+    dataset_helper.activate()
     distributed_optimizer.activate()
+    muon.activate()
     return cuda

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_satformer.benchmark import hugging_face
-from megatron_satformer.benchmark.hugging_face import build_model
+from megatron_satformer.benchmark.hugging_face import build_model, median_speed
 from megatron_satformer.checkpoint.convert.to_hf import write_config
 
 THROUGH = " (Transformers backend)"
@@ -60,8 +60,7 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
         row: dict[str, Any] = {"model": name}
         for what, tokens in (("prefill", read), ("decode", written)):
             row[f"{what}_tokens_s"] = tokens / statistics.median(taken[what])
-            pairs = zip(times[base][what], taken[what], strict=True)
-            row[f"{what}_speed"] = statistics.median(theirs / ours for theirs, ours in pairs)
+            row[f"{what}_speed"] = median_speed(times[base][what], taken[what])
         rows.append(row)
     return {
         "options": vars(options),

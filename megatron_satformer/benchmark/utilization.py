@@ -1,6 +1,6 @@
 """Model FLOPs utilization: what a training step computes, over what the GPU could in that time."""
 
-from typing import Protocol
+from typing import Any
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the first that a device's name contains.
 PEAK_FLOPS = {
@@ -17,29 +17,21 @@ PEAK_FLOPS = {
 }
 
 
-class Shape(Protocol):
-    """Sizes of a decoder, as Megatron's flags of the same names."""
-
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    ffn_hidden_size: int
-    seq_length: int
-    vocab_size: int
-
-
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None where it is not known."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
-def count_training_flops(shape: Shape) -> float:
+def count_training_flops(shape: Any) -> float:
     """FLOPs per token, forward and backward, of the plain Transformer with SwiGLU at a shape.
 
     Two for each multiplication and addition, three passes, attention counted as causal, nothing
     for recompute (arXiv 2204.02311, appendix B). What an architecture adds is not in it: of two
     that take the same time one that computes more for it is not the better.
+
+    Args:
+        shape: with sizes named as Megatron's flags: hidden_size, num_layers, num_attention_heads,
+            num_query_groups, ffn_hidden_size, seq_length, vocab_size.
     """
     kv = shape.hidden_size // shape.num_attention_heads * shape.num_query_groups
     attention = shape.hidden_size * (2 * shape.hidden_size + 2 * kv)

@@ -2,7 +2,8 @@
 
 The sources are held by reference: nothing that grows with their number is stacked, copied or kept
 for backward beside them and the weights. Everything is added up in float32 at least, and returned
-in the dtype of the sources. Must not know: architectures, parallelism.
+in the dtype of the sources. On a GPU by the Triton kernels of `kernels`; what is here is what they
+compute. Must not know: architectures, parallelism.
 
 Shapes: n sources, m sums, g heads, d any last axis, k columns; "..." leading axes such as [s, b].
 """
@@ -13,81 +14,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_satformer.model import kernels
 
-def mix(weights: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+
+def mix(weights: Tensor, sources: Sequence[Tensor], *, fused: bool = True) -> tuple[Tensor, ...]:
     """out_i = sum_j weights[..., i, j] * sources_j.
 
     Args:
         weights: [m, n], the same for every token, or [..., m, n], of each.
         sources: n tensors [..., d] of one dtype.
+        fused: whether a kernel may do it, as in all of these functions.
 
     Returns:
         m tensors [..., d].
     """
-    return _Mix.apply(weights, *sources)
+    return _Mix.apply(fused, weights, *sources)
 
 
-def weighted_sum(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
+def weighted_sum(weights: Tensor, sources: Sequence[Tensor], *, fused: bool = True) -> Tensor:
     """sum_j weights[j] * sources_j: `mix` to one sum. weights: [n] or [..., n]."""
-    (out,) = mix(weights.unsqueeze(-2), sources)
+    (out,) = mix(weights.unsqueeze(-2), sources, fused=fused)
     return out
 
 
-def mix_heads(weights: Tensor, *kinds: Sequence[Tensor]) -> Tensor:
+def mix_heads(weights: Tensor, *kinds: Sequence[Tensor], fused: bool = True) -> Tensor:
     """out[i, c] = sum_j sum_g weights[i, j, g] * kinds[c][j][g].
 
     Args:
         weights: [m, n, g].
         *kinds: of each n tensors [g, d], all of one dtype.
+        fused: as `mix`'s.
 
     Returns:
         [m, kinds, d].
     """
-    return _MixHeads.apply(weights, *(source for sources in kinds for source in sources))
+    return _MixHeads.apply(fused, weights, *(source for sources in kinds for source in sources))
 
 
-def normed_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed_product(x: Tensor, weight: Tensor, eps: float, *, fused: bool = True) -> Tensor:
     """RMSNorm(x) @ weight, the norm without gain; keeps x by reference, and no normed copy of it.
 
     Args:
         x: [..., d].
         weight: [d, k].
         eps: added to the mean square.
+        fused: as `mix`'s.
 
     Returns:
         [..., k], in float32 at least.
     """
-    product, square = _Product.apply(x, weight)
+    product, square = _Product.apply(fused, x, weight)
     return product * torch.rsqrt(square + eps)
+
+
+def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:
+    """Value + gate(logits) v1 in one kernel forward and one backward; None where there is none.
+
+    Args:
+        value: [s, b, g, d].
+        logits: [s, b, g].
+        v1: [s, b, g, d].
+        gate: one of `kernels.GATES`, else None is returned.
+    """
+    if gate not in kernels.GATES or not kernels.usable(value, logits, v1):
+        return None
+    return _GatedSum.apply(value, logits, v1, gate)
+
+
+class _GatedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor:
+        ctx.save_for_backward(logits, v1)
+        ctx.gate = gate
+        return kernels.blend_forward(value, logits, v1, gate)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, v1 = ctx.saved_tensors
+        own, into = kernels.blend_backward(logits, v1, ctx.gate, gradient)
+        return gradient, own, into, None
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, fused: bool, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weights, *sources)
+        ctx.fused = fused and _fits(weights, *sources)
+        if ctx.fused:
+            return kernels.mix_forward(weights, sources)
         return tuple(_combine(row, sources) for row in _columns(weights))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
-        to_weights, *to_sources = ctx.needs_input_grad
+        _, to_weights, *to_sources = ctx.needs_input_grad
+        if ctx.fused:
+            own, into = kernels.mix_backward(weights, sources, gradients, to_sources)
+            return None, own.to(weights.dtype), *into
         columns = zip(*_columns(weights), strict=True)  # per source, its weight in every sum
         into = [
             _combine(column, gradients) if wanted else None
             for column, wanted in zip(columns, to_sources, strict=True)
         ]
         if not to_weights:
-            return None, *into
+            return None, None, *into
         rows = [[_dot(g, x, weights.dim() == 2) for x in sources] for g in gradients]
         own = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-        return own.to(weights.dtype), *into
+        return None, own.to(weights.dtype), *into
 
 
 class _MixHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, *sources: Tensor) -> Tensor:
+    def forward(ctx: Any, fused: bool, weights: Tensor, *sources: Tensor) -> Tensor:
         ctx.save_for_backward(weights, *sources)
         ctx.n = n = weights.size(1)
+        ctx.fused = fused and kernels.usable(weights, *sources)
+        if ctx.fused:
+            return kernels.heads_forward(weights, sources)
         columns = _wide(weights).unbind(1)  # per source, [m, g]
         shape = (weights.size(0), len(sources) // n, sources[0].size(-1))
         out = columns[0].new_zeros(shape)
@@ -98,7 +141,10 @@ class _MixHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
-        to_weights, *to_sources = ctx.needs_input_grad
+        _, to_weights, *to_sources = ctx.needs_input_grad
+        if ctx.fused:
+            own, into = kernels.heads_backward(weights, sources, gradient, to_sources)
+            return None, own.to(weights.dtype), *into
         columns, kinds = _wide(weights).unbind(1), _wide(gradient).unbind(1)
         into = [
             (columns[place % ctx.n].t() @ kinds[place // ctx.n]).to(source.dtype)
@@ -107,29 +153,40 @@ class _MixHeads(torch.autograd.Function):
             for place, source in enumerate(sources)
         ]
         if not to_weights:
-            return None, *into
+            return None, None, *into
         own = torch.zeros_like(weights, dtype=columns[0].dtype)
         for place, source in enumerate(sources):
             own[:, place % ctx.n] += kinds[place // ctx.n] @ _wide(source).t()
-        return own.to(weights.dtype), *into
+        return None, own.to(weights.dtype), *into
 
 
 class _Product(torch.autograd.Function):
     """x @ weight and the mean of x^2, [..., 1]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, fused: bool, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
+        ctx.fused = fused and kernels.usable(x, weight)
+        if ctx.fused:
+            return kernels.product_forward(x, weight)
         x = _wide(x)
         return x @ weight.to(x.dtype), x.square().mean(-1, keepdim=True)
 
     @staticmethod
-    def backward(ctx: Any, product: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, product: Tensor, square: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if ctx.fused:
+            into, own = kernels.product_backward(x, weight, product, square)
+            return None, into, own.to(weight.dtype)
         wide = _wide(x)
         into = product @ weight.to(wide.dtype).t() + wide * (square * (2 / x.size(-1)))
         own = wide.flatten(0, -2).t() @ product.flatten(0, -2)
-        return into.to(x.dtype), own.to(weight.dtype)
+        return None, into.to(x.dtype), own.to(weight.dtype)
+
+
+def _fits(weights: Tensor, *sources: Tensor) -> bool:
+    most = kernels.padded(weights.size(-2)) * kernels.padded(sources[0].size(-1))
+    return kernels.usable(weights, *sources, most=most)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -53,6 +53,21 @@ def test_the_token_before_a_text(tmp_path, before, after, end, given, token, why
     assert prefix.ends == bool(after)
 
 
+@pytest.mark.parametrize(
+    ("before", "given", "told"),
+    [
+        (["t5", "t1"], None, "WARNING: the template puts t5 before it"),
+        (["t6", "t5", "t1"], None, "WARNING: the template puts t6 t5 before it"),
+        (["t5", "t1"], 1, ""),  # as asked
+        (["t1"], None, ""),
+    ],
+)
+def test_what_a_template_puts_there_and_is_not_counted(tmp_path, before, given, told):
+    prefix = str(find_prefix(write_template(tmp_path / "hf", before, []), given))
+    assert told in prefix
+    assert ("WARNING" in prefix) == bool(told)
+
+
 @pytest.mark.parametrize("end", [None, []], ids=str)
 def test_no_token_before_a_text(tmp_path, end):
     folder = write_template(tmp_path / "hf", [], [], end)

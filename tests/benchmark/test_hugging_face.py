@@ -10,6 +10,7 @@ from megatron_satformer.benchmark.hugging_face import (
     _peak_memory,
     _run_processes,
     build_model,
+    median_speed,
 )
 from megatron_satformer.checkpoint.hugging_face.code import model_class
 from megatron_satformer.model.architectures import TABLE
@@ -44,6 +45,11 @@ def test_every_architecture_can_be_measured(architecture):
     options = replace(TINY, architectures=(architecture,))
     assert options.names == (options.stock, architecture)
     assert type(build_model(options, architecture)) is model_class(architecture)
+
+
+def test_speed_is_of_neighbours():
+    """The machine was slow at first: the medians have a ratio of 0.2."""
+    assert median_speed([10.0, 1.0, 1.0], [5.0, 5.0, 0.5]) == 2
 
 
 @pytest.mark.slow

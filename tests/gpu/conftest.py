@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 
+from tests.gpu.machine import GPU
+
 
 def pytest_collection_modifyitems(items):
     """All tests of an architecture in one process, which makes its checkpoint once."""
     for item in items:
-        if "gpu" in item.keywords and hasattr(item, "callspec"):
-            item.add_marker(pytest.mark.xdist_group(item.callspec.params["architecture"]))
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params.get("architecture")))
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +44,5 @@ def measured_on_rank(on_ranks, tmp_path, record_property):
 
 @pytest.fixture
 def two_devices():
-    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+    if GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

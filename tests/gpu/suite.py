@@ -59,6 +59,7 @@ class Collector:
                 entry["why"] = report.longrepr[2]
             elif report.outcome == "failed":
                 entry["why"] = report.longreprtext[-2000:]
+                print(f"\n{name}\n{entry['why']}", flush=True)  # a run cut short tells too
             self.outcomes[name] = entry | dict(report.user_properties)
 
 

@@ -1,10 +1,9 @@
 """Transformer Engine's spec on a GPU: one checkpoint, computed by it and by the local spec."""
 
 import pytest
-import torch
 
 from megatron_satformer.arguments import has_transformer_engine
-from megatron_satformer.model.architectures import TABLE
+from tests.gpu.machine import ARCHITECTURES, GPU
 
 # Its GEMMs multiply fp32 in tf32, 10 bits of mantissa, and bf16 has 7.
 TF32_RTOL, BF16_RTOL, FP8_RTOL = 2e-3, 2e-2, 5e-2
@@ -13,19 +12,19 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (torch.cuda.is_available() and has_transformer_engine()),
+        not (GPU and has_transformer_engine()),
         reason="needs a GPU and Transformer Engine",
     ),
 ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_twin(measured_on_rank, architecture, dtype):
     measured_on_rank("equals_twin", architecture, "transformer_engine", dtype)
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_trains_like_the_local_spec(trained, architecture):
     local = trained(architecture, "--transformer-impl local")
     engine = trained(architecture, ENGINE)
@@ -34,7 +33,7 @@ def test_trains_like_the_local_spec(trained, architecture):
 
 
 @pytest.mark.parametrize("backend", ["fused", "flash"])
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_with_its_attention(trained, architecture, backend):
     if backend == "flash":
         pytest.importorskip("flash_attn")
@@ -43,7 +42,7 @@ def test_bf16_with_its_attention(trained, architecture, backend):
     assert engine.losses == pytest.approx(local.losses, rel=BF16_RTOL)
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fp8(trained, architecture):
     local = trained(architecture, "--transformer-impl local")
     engine = trained(architecture, f"{ENGINE} --bf16 --fp8-format hybrid")

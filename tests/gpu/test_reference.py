@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_satformer.model.architectures import TABLE
+from tests.gpu.machine import ARCHITECTURES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equals_the_twin(measured_on_rank, architecture, dtype):
     measured_on_rank("equals_twin", architecture, "local", dtype)

@@ -4,11 +4,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from megatron_satformer.arguments import has_transformer_engine
-from megatron_satformer.model.architectures import TABLE
 from tests.conftest import ROOT
+from tests.gpu.machine import ARCHITECTURES, GPU
 from tests.parallel.layouts import OPTIMIZER, PP2, SP, TP2, VIRTUAL
 
 LOCAL = "--transformer-impl local"
@@ -18,23 +17,30 @@ BF16_RTOL = 2e-2
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.skipif(has_transformer_engine(), reason="training on a CPU needs it to be absent")
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_trains_like_the_cpu(trained, architecture):
     gpu, cpu = trained(architecture, LOCAL), trained(architecture, f"{LOCAL} --device cpu")
     assert gpu.losses == pytest.approx(cpu.losses, rel=RTOL)
     assert gpu.grad_norms == pytest.approx(cpu.grad_norms, rel=10 * RTOL)
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_follows_fp32(trained, architecture):
     narrow, full = trained(architecture, f"{LOCAL} --bf16"), trained(architecture, LOCAL)
     assert narrow.losses == pytest.approx(full.losses, rel=BF16_RTOL)
     assert narrow.grad_norms == pytest.approx(full.grad_norms, rel=10 * BF16_RTOL)
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_change_nothing(trained, architecture):
+    fused, plain = trained(architecture, LOCAL), trained(architecture, f"{LOCAL} --no-fused-blend")
+    assert fused.losses == pytest.approx(plain.losses, rel=RTOL)
+    assert fused.grad_norms == pytest.approx(plain.grad_norms, rel=10 * RTOL)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_resumes_and_exports(started, pretrain, tmp_path, architecture):
     flags, _ = started(architecture)
     flags = [*flags, *LOCAL.split(), "--bf16", "--save-interval", 2]
@@ -53,7 +59,7 @@ def test_resumes_and_exports(started, pretrain, tmp_path, architecture):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_devices_train_like_one(two_devices, trained, architecture, layout):
     one, two = trained(architecture, LOCAL), trained(architecture, f"{LOCAL} {layout}", ranks=2)
     assert two.losses == pytest.approx(one.losses, rel=RTOL)
@@ -61,7 +67,7 @@ def test_two_devices_train_like_one(two_devices, trained, architecture, layout):
 
 
 @pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_context_parallelism(two_devices, trained, architecture):
     engine = "--transformer-impl transformer_engine --bf16"
     one = trained(architecture, engine)

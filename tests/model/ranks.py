@@ -11,9 +11,11 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._subclasses import FakeTensorMode
 
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.convert.names import convert_to_megatron, iterate_names
+from megatron_satformer.model import kernels
 from megatron_satformer.model.architectures import PLAIN, find_architecture
 from megatron_satformer.model.builder import (
     DecoderModelBuilder,
@@ -403,3 +405,20 @@ def engine_holds_the_same_checkpoint(options: dict[str, Any]) -> None:
         for name, parameter in mine.self_attention.linear_qkv.named_parameters():
             other = engines.self_attention.linear_qkv.get_parameter(name)
             assert torch.equal(other, parameter)
+
+
+def forward_on_a_gpu_that_is_not_there(options: dict[str, Any]) -> None:
+    """Fake tensors of device cuda refuse to meet those of another, and to tell the host a value."""
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    gpu = torch.device("cuda", 0)
+    torch.cuda.current_device = lambda: gpu
+    torch.nn.Module.cuda = lambda module: module  # fake parameters cannot be replaced
+    kernels.usable = lambda *tensors, **sizes: False  # they have no address
+    with FakeTensorMode():
+        model = build({"perform_initialization": False} | options)
+        assert {parameter.device for parameter in model.parameters()} == {gpu}
+        ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64, device=gpu)
+        losses = model(ids, ids, None, labels=ids)
+    assert losses.device == gpu
+    assert losses.shape == (BATCH, SEQUENCE)

@@ -25,6 +25,7 @@ PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
 # Architectures of the table, by what they have.
 EVERY = tuple(TABLE)
+OURS = tuple(a.name for a in all_architectures() if a.twin.startswith("megatron_satformer."))
 CARRYING = tuple(a.name for a in all_architectures() if any(carries(a)))
 MIXING = tuple(a.name for a in all_architectures() if "value_residual_last_k" in a.own_options)
 WITH_HEADS = tuple(a.name for a in all_architectures() if carries(a).heads)

@@ -113,12 +113,15 @@ class DenseFormerLayer(ExtendedLayer):
         history = dict(zip(kept(options, n - 1), context or (), strict=True))
         history[n - 1] = hidden_states
         if read := sources(options, n - 1):
-            hidden_states = weighted_sum(self.depth_weights, [history[j] for j in read])
+            hidden_states = self._sum(self.depth_weights, [history[j] for j in read])
         hidden_states, _ = super().forward(hidden_states, *args, **kwargs)
         if n == options.num_layers and (read := sources(options, n)):
             history[n] = hidden_states
-            hidden_states = weighted_sum(self.final_depth_weights, [history[j] for j in read])
+            hidden_states = self._sum(self.final_depth_weights, [history[j] for j in read])
         return hidden_states, tuple(history[j] for j in kept(options, n))
+
+    def _sum(self, weights: Tensor, read: list[Tensor]) -> Tensor:
+        return weighted_sum(weights, read, fused=self.config.fused_blend)
 
 
 def carry(config: Any, n: int) -> Carry:

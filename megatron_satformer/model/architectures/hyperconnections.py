@@ -154,7 +154,8 @@ class HyperConnection(MegatronModule):
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 weight = self.norm_gain.to(wide).unsqueeze(-1) * weight
                 eps = BASELINE_EPS
-            own = torch.stack([normed_product(x, weight, eps) for x in streams], dim=-2)
+            product = partial(normed_product, weight=weight, eps=eps, fused=self.config.fused_blend)
+            own = torch.stack([*map(product, streams)], dim=-2)
             own = own.tanh() if self.config.hc_tanh else own  # [s, b, n, 1 + 1 + n]
             beta = beta + self.dynamic_beta_scale * own[..., :1]
             alpha = alpha + self.dynamic_alpha_scale * own[..., 1:]
@@ -190,21 +191,22 @@ class HyperConnectionsLayer(ExtendedLayer):
             context: tensors like hidden_states; None in layer 1, where all are the embedding.
             **kwargs: as Megatron's.
         """
+        summed = partial(mix, fused=self.config.fused_blend)
         copies = (hidden_states,) * (self.config.hc_streams - 1)
         streams = (hidden_states, *(context or copies))
         read, update = self.self_attention_hyper_connection(streams)
-        out, _ = self._forward_attention(*mix(read, streams), *args, **kwargs)
-        streams = mix(update, (out, *streams))
+        out, _ = self._forward_attention(*summed(read, streams), *args, **kwargs)
+        streams = summed(update, (out, *streams))
         read, update = self.mlp_hyper_connection(streams)
         out = self._forward_mlp(
-            *mix(read, streams),
+            *summed(read, streams),
             kwargs.get("inference_context"),
             padding_mask=kwargs.get("padding_mask"),
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
         if self.layer_number == self.config.num_layers:
             update = update.sum(-2, keepdim=True)  # the sum of what would be the streams
-        hidden_states, *others = mix(update, (out, *streams))
+        hidden_states, *others = summed(update, (out, *streams))
         return hidden_states, tuple(others)
 
 
@@ -311,8 +313,8 @@ HYPERCONNECTIONS = Architecture(
         *REFUSES,
         Row(
             "optimizer",
-            "it orthogonalises every matrix, the small projections of streams included",
-            ("adam", "sgd", "lion"),
+            "not tried with projections of streams",
+            ("adam", "sgd", "lion", "muon", "dist_muon"),
         ),
         Row("fused_residual_rmsnorm", "its norms hand on a residual that is added to nothing here"),
     ),

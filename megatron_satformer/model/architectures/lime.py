@@ -185,7 +185,9 @@ class LIMeAttention(SelfAttention):
         """K' and V' of this layer, [s, b, ng/tp, hn] each."""
         s, b, heads, hn = self.history[0].shape
         keys, values = ([x.view(heads, -1) for x in self.history[i::2]] for i in (0, 1))
-        given = mix_heads(self.lime_router, keys, values)  # [ng, 2, s b hn], by this rank's heads
+        given = mix_heads(
+            self.lime_router, keys, values, fused=self.config.fused_blend
+        )  # [ng, 2, s b hn], by this rank's heads
         mixed = reduce_scatter_to_sequence_parallel_region(given, self.pg_collection.tp)
         key, value = mixed.view(heads, 2, s, b, hn).permute(1, 2, 3, 0, 4).unbind()
         return key, value

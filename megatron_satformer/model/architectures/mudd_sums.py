@@ -66,24 +66,30 @@ class Aggregate(MegatronModule):
 
     def forward(self, history: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """X_0 .. X_n, [s, b, h] ([s/tp, b, h] under sequence parallelism) -> C such tensors."""
-        newest, eps = history[-1], self.config.layernorm_epsilon
-        weights = F.gelu(normed_product(newest, self.w1.t(), eps))  # [s, b, width], >= fp32
+        eps, fused = self.config.layernorm_epsilon, self.config.fused_blend
+        weights = F.gelu(normed_product(history[-1], self.w1.t(), eps, fused=fused))
+        # [s, b, width], in float32 at least
         weights = weights @ self.w2.t().to(weights.dtype) + self.static.to(weights.dtype)
         weights = weights.unflatten(-1, (self.ways, -1))  # [s, b, C, n + 1]
         if not self.config.mudd_prepost_norm:
-            return mix(weights, history)
+            return mix(weights, history, fused=fused)
         gains = self.pre_gains, self.post_gains
-        return checkpoint(_normed_mix, weights, eps, *gains, *history, use_reentrant=False)
+        return checkpoint(_normed_mix, weights, eps, fused, *gains, *history, use_reentrant=False)
 
 
 def _normed_mix(
-    weights: Tensor, eps: float, pre_gains: Tensor, post_gains: Tensor, *history: Tensor
+    weights: Tensor,
+    eps: float,
+    fused: bool,
+    pre_gains: Tensor,
+    post_gains: Tensor,
+    *history: Tensor,
 ) -> tuple[Tensor, ...]:
     """`mix` between norms, beside the newest; run again in backward, to keep no normed copies."""
     newest, size = history[-1], history[-1].shape[-1:]
     gains = pre_gains.view(-1, *size)
     normed = [_norm(x, gain, eps) for x, gain in zip(history, gains, strict=True)]
-    sums = zip(mix(weights, normed), post_gains.view(-1, *size), strict=True)
+    sums = zip(mix(weights, normed, fused=fused), post_gains.view(-1, *size), strict=True)
     return tuple((_norm(x, gain, eps) + newest).to(newest.dtype) for x, gain in sums)
 
 

@@ -295,7 +295,7 @@ MUDDFORMER = Architecture(
     refuses=(
         *REFUSES,
         Row("tensor_parallel_num_weight_shards qk_clip", _ROWS),
-        Row("optimizer", _ROWS, ("adam", "sgd", "lion")),
+        Row("optimizer", _ROWS, ("adam", "sgd", "lion", "muon", "dist_muon")),
         Row("normalization", "its norms have no bias", ("RMSNorm",)),
         Row("tp_comm_overlap", "its buffers are those of one linear_qkv"),
     ),

@@ -41,6 +41,7 @@ from megatron_satformer.model.architectures.value_residual import (
     mixes,
 )
 from megatron_satformer.model.gates import apply_gate
+from megatron_satformer.model.mixing import gated_sum
 from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
@@ -155,6 +156,10 @@ class SATFormerAttention(ValueResidualAttention):
         """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
         assert logits is not None, "linear_qkv did not run before blend"
+        if self.config.fused_blend:
+            blended = gated_sum(value, logits, v1, self.config.value_gate)
+            if blended is not None:
+                return blended
         alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
         if self.alpha_observer is not None and self.training:
             self.alpha_observer(self.layer_number, alpha)
@@ -178,6 +183,11 @@ class SATFormerAttention(ValueResidualAttention):
     def _init_gate_rows(self) -> None:
         weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
         _, gate, padding = weight.split(self._row_counts)
+        # For backend/muon.py: what the rows are, and those of q, k and v in each group of heads.
+        heads, head = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        queries = heads // self.num_query_groups_per_partition * head
+        gated = [queries] if self.config.attention_output_gate else []
+        weight.qkv_split_shapes = (*self._row_counts,), (queries, *gated, head, head)
         if self.config.perform_initialization:
             padding.zero_()
             if self.config.value_gate_init_std is not None:
@@ -320,8 +330,8 @@ SATFORMER = Architecture(
         Row("ckpt_format", _FORMAT, ("torch_dist",)),
         Row(
             "optimizer",
-            "it orthogonalises linear_qkv, gate rows included",
-            ("adam", "sgd", "lion"),
+            "it takes linear_qkv, gate rows included, for one matrix",
+            ("adam", "sgd", "lion", "muon", "dist_muon"),
         ),
     ),
     plain_start=why_not_from_zero,
