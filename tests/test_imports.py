@@ -12,11 +12,15 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "unsupported": set(),
+    "sizes": set(),
+    "layout": {"benchmark"},
+    "metrics": {"benchmark", "files", "model"},
     "config": set(),
-    "arguments": {"config", "model"},
+    "arguments": {"config", "layout", "model", "sizes"},
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
+    "machine": set(),
     "report": {"config", "model", "parallel"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "checkpoint", "config", "data", "files", "model"},
@@ -35,6 +39,7 @@ ONLY_IN = {
         "model/builder",
         "config",
         "backend/parameter_groups",
+        "metrics",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},
