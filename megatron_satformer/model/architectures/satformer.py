@@ -156,13 +156,13 @@ class SATFormerAttention(ValueResidualAttention):
         """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
         assert logits is not None, "linear_qkv did not run before blend"
-        if self.config.fused_blend:
-            blended = gated_sum(value, logits, v1, self.config.value_gate)
-            if blended is not None:
-                return blended
-        alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
+        gate, tp = self.config.value_gate, self.pg_collection.tp
         if self.alpha_observer is not None and self.training:
-            self.alpha_observer(self.layer_number, alpha)
+            self.alpha_observer(self.layer_number, apply_gate(logits.detach(), gate, tp))
+        blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
+        if blended is not None:
+            return blended
+        alpha = apply_gate(logits, gate, tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
