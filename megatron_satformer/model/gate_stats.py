@@ -4,7 +4,7 @@ Sums are kept on the device and added up over all ranks once per interval; other
 nothing. Must not know: architectures, training, where the figures go.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,15 +40,16 @@ class GateStats:
         return chunks
 
     @torch.no_grad()
-    def observe(self, layer_number: int, alpha: Tensor) -> None:
+    def observe(self, layer_number: int, gate: Callable[[], Tensor]) -> None:
         """Add the gates of one micro-batch, or, recomputed, the same once more.
 
         Args:
             layer_number: 1-based.
-            alpha: [s, b, ng/tp].
+            gate: computes alpha, [s, b, ng/tp]; called in observed steps alone.
         """
         if not self._observing:
             return
+        alpha = gate()
         row = self._of(alpha.device)[layer_number - 1]
         row[0] += alpha.sum(dtype=torch.float32)
         row[1] += (alpha == 0).sum()

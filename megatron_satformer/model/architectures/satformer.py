@@ -14,6 +14,7 @@ Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim;
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -134,7 +135,7 @@ class SATFormerAttention(ValueResidualAttention):
         if mixes:
             submodules = replace(submodules, linear_qkv=_widened(submodules.linear_qkv))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        self.alpha_observer: Callable[[int, Tensor], None] | None = None
+        self.alpha_observer: Callable[[int, Callable[[], Tensor]], None] | None = None
         if mixes:
             self._gate_logits: Tensor | None = None
             self._init_gate_rows()
@@ -158,7 +159,7 @@ class SATFormerAttention(ValueResidualAttention):
         assert logits is not None, "linear_qkv did not run before blend"
         gate, tp = self.config.value_gate, self.pg_collection.tp
         if self.alpha_observer is not None and self.training:
-            self.alpha_observer(self.layer_number, apply_gate(logits.detach(), gate, tp))
+            self.alpha_observer(self.layer_number, partial(apply_gate, logits.detach(), gate, tp))
         blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
         if blended is not None:
             return blended
