@@ -55,8 +55,9 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import _initialize_distributed
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, refusals
+from megatron_satformer import arguments, refusals, required
 from megatron_satformer.backend import parameter_groups
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
@@ -66,7 +67,7 @@ from megatron_satformer.checkpoint.megatron.resume import (
     hand_on,
     starts_from_transformer,
 )
-from megatron_satformer.cli import only_rank_0_speaks, usage_errors
+from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
@@ -340,8 +341,8 @@ def configure() -> tuple[Any, DecoderModelConfig]:
         SystemExit: code 2 after one printed line, for anything the user can mend.
     """
     with usage_errors():
-        with only_rank_0_speaks():
-            preview = arguments.preview_arguments()
+        preview = arguments.preview_arguments()
+        required.check_required(preview)
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
         recover(preview)  # before anything reads what --load holds
@@ -398,4 +399,4 @@ if __name__ == "__main__":
     # Megatron's first save starts a helper process by spawn, which would import this script again,
     # on every rank (8 s, 560 MB), had it a file.
     del __file__
-    main()
+    record(main)()  # torchrun's summary shows why a rank has failed

@@ -13,11 +13,12 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 MAY_IMPORT = {
     "unsupported": set(),
     "config": set(),
-    "arguments": {"config", "model"},
+    "arguments": {"cli", "config", "model", "required"},
+    "required": set(),
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
-    "report": {"config", "model", "parallel"},
+    "report": {"config", "model", "parallel", "required"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "checkpoint", "config", "data", "files", "model"},
     "model": {"config", "unsupported"},
@@ -35,6 +36,7 @@ ONLY_IN = {
         "model/builder",
         "config",
         "backend/parameter_groups",
+        "backend/schedule",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},
