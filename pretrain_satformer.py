@@ -57,7 +57,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, refusals, required
+from megatron_satformer import arguments, metrics, refusals, required
 from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
@@ -69,6 +69,7 @@ from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
+from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
 from megatron_satformer.parallel.carry import check_ranks_hold_something
@@ -364,8 +365,10 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
         required.check_required(preview)
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
+        check_layout(preview)
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
+        metrics.hold_arguments()
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )
@@ -384,13 +387,15 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
             samples = planned_samples(vars(args))
             if samples is not None:
                 prepare_data(samples if plan is None else (plan.end, *samples[1:]))
-            print(describe_run(args, model.transformer, cuda, args.padded_vocab_size), flush=True)
+            report = describe_run(args, model.transformer, cuda, args.padded_vocab_size)
+            print(metrics.tell_arguments(args), report, sep="\n", flush=True)
             for warning in (
                 model.transformer.warning,
                 export_warning(own_tokenizer_options(args)),
             ):
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
+    model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda)]
     return args, model, (plan, noted)
 
 

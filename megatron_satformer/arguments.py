@@ -6,8 +6,9 @@ changed default. Must not know: modules, process groups, data files.
 
 import importlib.util
 import sys
-from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from dataclasses import Field
+from functools import partial
 from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -15,8 +16,10 @@ from megatron.training.arguments import parse_args
 
 from megatron_satformer.cli import describe_flag_error
 from megatron_satformer.config import DecoderOptions
+from megatron_satformer.layout import choose_stages
 from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
 from megatron_satformer.required import NEVER, find_defaults
+from megatron_satformer.sizes import SIZES, resolve_schedule, size_defaults, token_count
 
 # The model family's defaults where Megatron's are GPT-2's.
 FAMILY_DEFAULTS: dict[str, Any] = {
@@ -32,6 +35,7 @@ FAMILY_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
     "lr_decay_style": "cosine",
     "create_attention_mask_in_dataloader": False,
+    "bf16": False,
 }
 # What says which data a run reads; a run that goes on may not change it unasked.
 DATA_OPTIONS = (
@@ -43,6 +47,7 @@ COUNTER_FLAGS = {
     "--no-swiglu": ("swiglu", False, "Use a plain GeLU MLP."),
     "--no-qk-layernorm": ("qk_layernorm", False, "Do not normalise queries and keys."),
     "--add-bias-linear": ("add_bias_linear", True, "Give linear layers a bias."),
+    "--no-bf16": ("bf16", False, "Train in fp32 where --model-size says bf16."),
 }
 
 
@@ -68,6 +73,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
         "layout, for tests and small models).",
     )
     add_resume_arguments(parser)
+    _add_size(group)
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"
         group.add_argument(flag, dest=dest, action=action, help=text)
@@ -93,6 +99,29 @@ def add_resume_arguments(parser: ArgumentParser) -> None:
         metavar="OPTION",
         help="What of the data may be another than in the run that saved --load: "
         f"{', '.join(DATA_OPTIONS)}.",
+    )
+
+
+def _add_size(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--model-size",
+        choices=list(SIZES),
+        help="Shape, batch, learning rate, length and precision of a published size (debug: one "
+        "that trains on a CPU in minutes), the same for every architecture. Any flag that is "
+        "given wins.",
+    )
+    group.add_argument(
+        "--train-tokens",
+        type=token_count,
+        metavar="N",
+        help="Tokens to train on, 5e9 or 5B say, in place of --train-samples: so many samples of "
+        "--seq-length tokens.",
+    )
+    group.add_argument(
+        "--lr-warmup-tokens",
+        type=token_count,
+        metavar="N",
+        help="Tokens over which the learning rate rises, in place of --lr-warmup-samples.",
     )
 
 
@@ -141,7 +170,12 @@ def preview_arguments() -> Namespace:
             "yaml_cfg is not supported: Megatron's YAML reader knows its own fields only, none of "
             "this project's. Give flags on the command line."
         )
-    return parse_args(extra_args_provider=add_arguments)
+    # What a size says of the shape has to be known to the checks that come before the final parse.
+    named = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    named.add_argument("--model-size", nargs="?")
+    size = named.parse_known_args(sys.argv[1:])[0].model_size
+    defaults = size_defaults(size) | {"min_lr": None}
+    return parse_args(extra_args_provider=partial(add_arguments, defaults=defaults))
 
 
 def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
@@ -150,8 +184,18 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
     Args:
         preview: from `preview_arguments`.
         cuda: whether the run uses CUDA.
+
+    Raises:
+        ValueError: options that contradict each other.
     """
-    defaults: dict[str, Any] = {}
+    defaults = size_defaults(preview.model_size) | resolve_schedule(preview)
+    defaults |= choose_stages(preview)
+    if preview.max_position_embeddings is None:
+        defaults["max_position_embeddings"] = preview.seq_length
+    if preview.fp16:
+        defaults["bf16"] = False
+    if preview.step_batch_size_schedule is not None:
+        defaults["global_batch_size"] = None
     if preview.squared_relu or preview.quick_geglu:
         defaults["swiglu"] = False
     if preview.use_rotary_position_embeddings:

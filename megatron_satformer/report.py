@@ -31,8 +31,8 @@ def describe_run(args: Namespace, config: DecoderConfig, cuda: bool, vocab_size:
         "parameters": _parameters(args, config, vocab_size),
         "batch": f"{args.global_batch_size} sequences, {args.micro_batch_size} per micro-batch, "
         f"{args.global_batch_size * args.seq_length:,} tokens per step",
-        "schedule": f"{_length(args)}, lr {args.lr} -> {args.min_lr} {args.lr_decay_style}, "
-        + _evaluation(args),
+        "schedule": f"{_length(args)}, lr {args.lr} -> {args.min_lr:g} {args.lr_decay_style}"
+        + f"{_warmup(args)}, {_evaluation(args)}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "layout": _layout(args),
         "payload": _payload(args, config),
@@ -81,15 +81,32 @@ def _length(args: Namespace) -> str:
     if args.train_samples:
         left = 0 if args.step_batch_size_schedule else args.train_samples % args.global_batch_size
         lost = f" (the last {left:,} less than a step, and not trained on)" if left else ""
-        return f"{args.train_samples:,} samples{lost}"
+        steps = args.train_samples // args.global_batch_size
+        asked = f" for {args.train_tokens:,} tokens" if args.train_tokens else ""
+        return f"{_samples(args, args.train_samples)}{lost}{asked}, about {steps:,} steps"
     return f"{args.train_iters:,} steps" if args.train_iters else "no training"
+
+
+def _warmup(args: Namespace) -> str:
+    if args.lr_warmup_samples:
+        return f", warmup {_samples(args, args.lr_warmup_samples)}"
+    return f", warmup {args.lr_warmup_iters:,} steps" if args.lr_warmup_iters else ""
+
+
+def _samples(args: Namespace, count: int) -> str:
+    return f"{count:,} samples ({count * args.seq_length:,} tokens)"
 
 
 def _layout(args: Namespace) -> str:
     parts = [
         f"TP {args.tensor_model_parallel_size}" + (" + SP" if args.sequence_parallel else ""),
         f"PP {args.pipeline_model_parallel_size}"
-        + (f" x {args.virtual_pipeline_model_parallel_size} virtual" * _is_virtual(args)),
+        + (f" x {args.virtual_pipeline_model_parallel_size} virtual" * _is_virtual(args))
+        + (
+            f" as {args.pipeline_model_parallel_layout}"
+            if args.pipeline_model_parallel_layout
+            else ""
+        ),
         f"CP {args.context_parallel_size}",
         f"DP {args.data_parallel_size}"
         + (" (distributed optimizer)" if args.use_distributed_optimizer else ""),

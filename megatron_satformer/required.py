@@ -132,6 +132,8 @@ def _check_wandb(preview: Namespace) -> None:
 
 def _check_length(preview: Namespace) -> None:
     steps, samples = preview.train_iters, preview.train_samples
+    if getattr(preview, "train_tokens", None):
+        return  # converted, and checked, where the defaults are resolved
     if not steps and not samples:
         raise ValueError(
             f"train_iters ({steps}) or train_samples ({samples}) must be given: how long to train. "
@@ -184,7 +186,8 @@ def _check_rates(preview: Namespace) -> None:
     if lr is None:
         raise _missing(preview, "lr", "the learning rate after warmup has no default")
     for option in ("min_lr", "lr_warmup_init"):
-        if (value := getattr(preview, option)) > lr:
+        value = getattr(preview, option)
+        if value is not None and value > lr:
             raise ValueError(f"{option} ({value}) must be at most lr ({lr}). Change one of them.")
     if preview.weight_decay_incr_style != "constant":
         for option in ("start_weight_decay", "end_weight_decay"):

@@ -12,12 +12,16 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # What each room of the package may import of the others.
 MAY_IMPORT = {
     "unsupported": set(),
+    "sizes": set(),
+    "layout": {"benchmark"},
+    "metrics": {"benchmark", "files", "model"},
     "config": set(),
-    "arguments": {"cli", "config", "model", "required"},
+    "arguments": {"cli", "config", "layout", "model", "required", "sizes"},
     "required": set(),
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
+    "machine": set(),
     "report": {"config", "model", "parallel", "required"},
     "backend": {"config"},
     "benchmark": {"arguments", "backend", "checkpoint", "config", "data", "files", "model"},
@@ -37,6 +41,7 @@ ONLY_IN = {
         "config",
         "backend/parameter_groups",
         "backend/schedule",
+        "metrics",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},

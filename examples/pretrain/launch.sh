@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Starts pretrain_satformer.py with the flags it is given, on the data, paths and GPUs that the environment names.
-# The satformer_*.sh scripts end here; what a model is and how it is trained stands in them.
+# Starts pretrain_satformer.py with the flags it is given, on the data, paths and devices that the environment names:
+# one GPU, all of a machine, many machines, or (--model-size debug) the CPU.
+# The satformer_*.sh scripts end here; what a size is stands in megatron_satformer/sizes.py.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -12,11 +13,18 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # Tensor and sequence parallelism overlap rightly only with one hardware queue (up to Hopper).
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
+GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || GPUS=0
+NNODES=${NNODES:-1}
+if [[ $NNODES != 1 ]]; then
+    : "${MASTER_ADDR:?the first of NNODES nodes, where all of them meet}"
+fi
+
 DISTRIBUTED_ARGS=(
-    --nnodes "${NNODES:-1}"
-    --nproc-per-node "${GPUS_PER_NODE:-8}"
+    --nnodes "$NNODES"
+    --nproc-per-node "${GPUS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}"
     --rdzv-backend c10d
-    --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500}"
+    # One node needs no port that others know (0: any free one), so two launches on it never meet.
+    --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$((NNODES == 1 ? 0 : 29500))}"
     --rdzv-id "${SLURM_JOB_ID:-satformer}"
 )
 
@@ -40,5 +48,12 @@ LOGGING_ARGS=(
     --dist-ckpt-optim-fully-reshardable
 )
 
+MODEL_ARGS=(
+    --architecture "${ARCHITECTURE:-satformer}"
+    --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
+)
+
 exec torchrun "${DISTRIBUTED_ARGS[@]}" "$REPOSITORY/pretrain_satformer.py" \
-    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
+    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "${MODEL_ARGS[@]}" "$@"

@@ -10,9 +10,12 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+
+from megatron_satformer.backend.process_memory import resident
 
 CPU = torch.device("cpu")
 _active = False
@@ -70,6 +73,10 @@ def _constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+def _held(what: str, *_: Any) -> int:
+    return resident(what)
+
+
 def _patch_cuda_module() -> None:
     cuda = torch.cuda
     replacements: dict[str, Any] = {
@@ -91,11 +98,11 @@ def _patch_cuda_module() -> None:
         "manual_seed": torch.manual_seed,  # model_parallel_cuda_manual_seed
         "is_initialized": _constant(True),  # RNG tracker
         "default_generators": {CPU: torch.default_generator},  # RNG tracker
-        "memory_allocated": _constant(0),  # report_memory, log_memory
-        "max_memory_allocated": _constant(0),  # report_memory
-        "memory_reserved": _constant(0),  # report_memory
-        "max_memory_reserved": _constant(0),  # report_memory
-        "device_memory_used": _constant(0),  # report_memory
+        "memory_allocated": partial(_held, "VmRSS"),  # report_memory, log_memory
+        "max_memory_allocated": partial(_held, "VmHWM"),  # report_memory
+        "memory_reserved": partial(_held, "VmRSS"),  # report_memory
+        "max_memory_reserved": partial(_held, "VmHWM"),  # report_memory
+        "device_memory_used": partial(_held, "VmRSS"),  # report_memory
         "memory_stats": _constant({}),  # log_memory_to_tensorboard
         "is_current_stream_capturing": _constant(False),  # optimizer steps, CUDA graphs
     }

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 
@@ -19,10 +18,3 @@ def measure_in_own_process[T](measure: Callable[..., T], *args: Any) -> T:
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, *args).result()
-
-
-def resident(what: str) -> int:
-    """VmRSS, or its peak VmHWM, of this process in bytes; getrusage's includes the parent's."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in status if line.startswith(f"{what}:"))
-    return int(line.split()[1]) * 1024

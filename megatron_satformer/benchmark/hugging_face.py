@@ -25,7 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
+from megatron_satformer.backend.process_memory import resident
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.checkpoint.hugging_face.code import config_class, model_class
 from megatron_satformer.model.architectures import PLAIN, TABLE
 

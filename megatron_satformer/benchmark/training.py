@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.benchmark.fresh_process import measure_in_own_process, resident
+from megatron_satformer.backend.process_memory import resident
+from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.benchmark.utilization import count_training_flops, peak_flops
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture

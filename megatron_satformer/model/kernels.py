@@ -103,35 +103,44 @@ def mix_backward(
     return own.sum(0) if weights.dim() == 2 else own.view(weights.shape), into
 
 
-def product_forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """X [..., d] @ weight [d, k], and the mean of x^2, [..., 1]; both in float32."""
-    x, weight = x.contiguous(), weight.contiguous()
-    tokens, k = _tokens(x), weight.size(1)
-    product = x.new_empty(*x.shape[:-1], k, dtype=torch.float32)
-    square = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    _kernels().product_forward[(-(-tokens // TOKENS),)](
-        x, weight, product, square, tokens, k, D=x.size(-1), **_blocks(k)
-    )
-    return product, square
+def products_forward(weight: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of n sources x [..., d]: x @ weight [d, k], and the mean of x^2.
+
+    Returns:
+        [..., n, k] and [..., n, 1], both in float32.
+    """
+    weight, sources = weight.contiguous(), [x.contiguous() for x in sources]
+    x, n, k = sources[0], len(sources), weight.size(1)
+    products = x.new_empty(*x.shape[:-1], n, k, dtype=torch.float32)
+    squares = x.new_empty(*x.shape[:-1], n, 1, dtype=torch.float32)
+    tokens = _tokens(x)
+    for j, x in enumerate(sources):
+        _kernels().product_forward[(-(-tokens // TOKENS),)](
+            x, weight, products, squares, tokens, k, j, n, D=x.size(-1), **_blocks(k)
+        )
+    return products, squares
 
 
-def product_backward(
-    x: Tensor, weight: Tensor, product: Tensor, square: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `product_forward`: of x, in its dtype, and of the weight, in float32."""
-    x, weight, product = x.contiguous(), weight.contiguous(), product.contiguous()
-    square = square.contiguous()
-    tokens, d, k = _tokens(x), x.size(-1), weight.size(1)
-    into = torch.empty_like(x)
+def products_backward(
+    weight: Tensor, sources: Sequence[Tensor], products: Tensor, squares: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `products_forward`: of the weight, in float32, and of the sources."""
+    weight, sources = weight.contiguous(), [x.contiguous() for x in sources]
+    products, squares = products.contiguous(), squares.contiguous()
+    n, (d, k), tokens = len(sources), weight.shape, _tokens(sources[0])
     columns = -(-d // WIDTH)
-    grid = (-(-tokens // TOKENS), columns)
-    _kernels().product_into[grid](x, weight, product, square, into, tokens, k, D=d, **_blocks(k))
-    own = x.new_empty(SPLITS, d, k, dtype=torch.float32)
     share = -(-tokens // (SPLITS * TOKENS)) * TOKENS
-    _kernels().product_own[(SPLITS, columns)](
-        x, product, own, tokens, k, D=d, SHARE=share, **_blocks(k)
-    )
-    return into, own.sum(0)
+    own = weight.new_empty(n, SPLITS, d, k, dtype=torch.float32)
+    into = [torch.empty_like(x) for x in sources]
+    for j, x in enumerate(sources):
+        where = tokens, k, j, n
+        _kernels().product_into[(-(-tokens // TOKENS), columns)](
+            x, weight, products, squares, into[j], *where, D=d, **_blocks(k)
+        )
+        _kernels().product_own[(SPLITS, columns)](
+            x, products, own[j], *where, D=d, SHARE=share, **_blocks(k)
+        )
+    return own.sum((0, 1)), into
 
 
 def heads_forward(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:

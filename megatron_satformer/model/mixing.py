@@ -51,20 +51,22 @@ def mix_heads(weights: Tensor, *kinds: Sequence[Tensor], fused: bool = True) -> 
     return _MixHeads.apply(fused, weights, *(source for sources in kinds for source in sources))
 
 
-def normed_product(x: Tensor, weight: Tensor, eps: float, *, fused: bool = True) -> Tensor:
-    """RMSNorm(x) @ weight, the norm without gain; keeps x by reference, and no normed copy of it.
+def normed_products(
+    sources: Sequence[Tensor], weight: Tensor, eps: float, *, fused: bool = True
+) -> Tensor:
+    """RMSNorm(x) @ weight of every x, the norm without gain; keeps references, no normed copies.
 
     Args:
-        x: [..., d].
+        sources: n tensors [..., d] of one dtype.
         weight: [d, k].
         eps: added to the mean square.
         fused: as `mix`'s.
 
     Returns:
-        [..., k], in float32 at least.
+        [..., n, k], in float32 at least.
     """
-    product, square = _Product.apply(fused, x, weight)
-    return product * torch.rsqrt(square + eps)
+    products, squares = _Products.apply(fused, weight, *sources)
+    return products * torch.rsqrt(squares + eps)
 
 
 def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:
@@ -160,28 +162,35 @@ class _MixHeads(torch.autograd.Function):
         return None, own.to(weights.dtype), *into
 
 
-class _Product(torch.autograd.Function):
-    """x @ weight and the mean of x^2, [..., 1]."""
+class _Products(torch.autograd.Function):
+    """x @ weight, [..., n, k], and the mean of x^2, [..., n, 1]."""
 
     @staticmethod
-    def forward(ctx: Any, fused: bool, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.fused = fused and kernels.usable(x, weight)
+    def forward(ctx: Any, fused: bool, weight: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, *sources)
+        ctx.fused = fused and kernels.usable(weight, *sources)
         if ctx.fused:
-            return kernels.product_forward(x, weight)
-        x = _wide(x)
-        return x @ weight.to(x.dtype), x.square().mean(-1, keepdim=True)
+            return kernels.products_forward(weight, sources)
+        wide = [_wide(x) for x in sources]
+        products = [x @ weight.to(x.dtype) for x in wide]
+        squares = [x.square().mean(-1, keepdim=True) for x in wide]
+        return torch.stack(products, dim=-2), torch.stack(squares, dim=-2)
 
     @staticmethod
-    def backward(ctx: Any, product: Tensor, square: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, products: Tensor, squares: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *sources = ctx.saved_tensors
         if ctx.fused:
-            into, own = kernels.product_backward(x, weight, product, square)
-            return None, into, own.to(weight.dtype)
-        wide = _wide(x)
-        into = product @ weight.to(wide.dtype).t() + wide * (square * (2 / x.size(-1)))
-        own = wide.flatten(0, -2).t() @ product.flatten(0, -2)
-        return None, into.to(x.dtype), own.to(weight.dtype)
+            own, into = kernels.products_backward(weight, sources, products, squares)
+            return None, own.to(weight.dtype), *into
+        into, own = [], torch.zeros_like(weight, dtype=products.dtype)
+        for x, product, square in zip(
+            sources, products.unbind(-2), squares.unbind(-2), strict=True
+        ):
+            wide = _wide(x)
+            gradient = product @ weight.to(wide.dtype).t() + wide * (square * (2 / x.size(-1)))
+            into.append(gradient.to(x.dtype))
+            own += wide.flatten(0, -2).t() @ product.flatten(0, -2)
+        return None, own.to(weight.dtype), *into
 
 
 def _fits(weights: Tensor, *sources: Tensor) -> bool:

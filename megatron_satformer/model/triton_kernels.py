@@ -64,12 +64,12 @@ def mix_backward(sources, gradients, into, weights, wt, wm, wn, own, D, N,
 
 
 @triton.jit
-def product_forward(x, weight, product, square, T, K, D: tl.constexpr, BT: tl.constexpr,
+def product_forward(x, weight, products, squares, T, K, j, N, D: tl.constexpr, BT: tl.constexpr,
                     BD: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """A block of tokens: x @ weight, and the mean of x^2."""
+    """A block of tokens of source j of N: x @ weight, and the mean of x^2."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
-    total, squares = tl.zeros([BT, BK], tl.float32), tl.zeros([BT], tl.float32)
+    total, mean = tl.zeros([BT, BK], tl.float32), tl.zeros([BT], tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         there = (t < T)[:, None] & (d < D)[None, :]
@@ -77,34 +77,34 @@ def product_forward(x, weight, product, square, T, K, D: tl.constexpr, BT: tl.co
         known = (d < D)[:, None] & (k < K)[None, :]
         w = tl.load(weight + d[:, None] * K + k[None, :], mask=known, other=0.0).to(tl.float32)
         total += tl.dot(block, w, input_precision="ieee")
-        squares += tl.sum(block * block, axis=1)
+        mean += tl.sum(block * block, axis=1)
     there = (t < T)[:, None] & (k < K)[None, :]
-    tl.store(product + t[:, None] * K + k[None, :], total, mask=there)
-    tl.store(square + t, squares / D, mask=t < T)
+    tl.store(products + (t[:, None] * N + j) * K + k[None, :], total, mask=there)
+    tl.store(squares + t * N + j, mean / D, mask=t < T)
 
 
 @triton.jit
-def product_into(x, weight, product, square, into, T, K, D: tl.constexpr, BT: tl.constexpr,
-                 BD: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """A block of tokens and of numbers: the gradient of x."""
+def product_into(x, weight, products, squares, into, T, K, j, N, D: tl.constexpr,
+                 BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A block of tokens and of numbers of source j of N: the gradient of x."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BK)
     known = (t < T)[:, None] & (k < K)[None, :]
-    g = tl.load(product + t[:, None] * K + k[None, :], mask=known, other=0.0)
+    g = tl.load(products + (t[:, None] * N + j) * K + k[None, :], mask=known, other=0.0)
     known = (k < K)[:, None] & (d < D)[None, :]
     w = tl.load(weight + d[None, :] * K + k[:, None], mask=known, other=0.0).to(tl.float32)
     there = (t < T)[:, None] & (d < D)[None, :]
     places = t[:, None] * D + d[None, :]
     block = tl.load(x + places, mask=there, other=0.0).to(tl.float32)
-    scale = tl.load(square + t, mask=t < T, other=0.0) * (2.0 / D)
+    scale = tl.load(squares + t * N + j, mask=t < T, other=0.0) * (2.0 / D)
     out = tl.dot(g, w, input_precision="ieee") + block * scale[:, None]
     tl.store(into + places, out.to(into.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def product_own(x, product, own, T, K, D: tl.constexpr, SHARE: tl.constexpr, BT: tl.constexpr,
-                BD: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """A share of the tokens and a block of numbers: their part of the weight's gradient."""
+def product_own(x, products, own, T, K, j, N, D: tl.constexpr, SHARE: tl.constexpr,
+                BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A share of the tokens of source j of N, a block of numbers: part of the weight's gradient."""
     first = tl.program_id(0).to(tl.int64) * SHARE
     d, k = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BK)
     total = tl.zeros([BD, BK], tl.float32)
@@ -113,7 +113,7 @@ def product_own(x, product, own, T, K, D: tl.constexpr, SHARE: tl.constexpr, BT:
         there = (d < D)[:, None] & (t < T)[None, :]
         block = tl.load(x + t[None, :] * D + d[:, None], mask=there, other=0.0).to(tl.float32)
         known = (t < T)[:, None] & (k < K)[None, :]
-        g = tl.load(product + t[:, None] * K + k[None, :], mask=known, other=0.0)
+        g = tl.load(products + (t[:, None] * N + j) * K + k[None, :], mask=known, other=0.0)
         total += tl.dot(block, g, input_precision="ieee")
     places = (tl.program_id(0) * D + d[:, None]) * K + k[None, :]
     tl.store(own + places, total, mask=(d < D)[:, None] & (k < K)[None, :])

@@ -17,12 +17,17 @@ from megatron.training.arguments import parse_args, validate_args
 
 import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer import arguments, refusals
+from megatron_satformer.layout import check_layout
 from megatron_satformer.model.builder import DecoderModelBuilder
 from megatron_satformer.model.parameters import count_parameters
 from pretrain_satformer import build_model_config
 
 VOCABULARY = 32000
 REPORTED = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
     "train_samples",
     "lr_warmup_samples",
     "lr_decay_samples",
@@ -44,7 +49,6 @@ REPORTED = [
     "add_bias_linear",
     "hidden_dropout",
     "untie_embeddings_and_output_weights",
-    "transformer_impl",
     "bf16",
     "use_distributed_optimizer",
     "ckpt_format",
@@ -56,11 +60,9 @@ def describe(flags: list[str]) -> dict:
     sys.argv = ["pretrain_satformer.py", *flags]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
     preview = arguments.preview_arguments()
-    # Everything but what the machine of a test has not: Transformer Engine and a tokenizer.
-    engine, preview.transformer_impl = preview.transformer_impl, "local"
-    preview.tokenizer_model = __file__
+    preview.tokenizer_model = __file__  # a test has none
     refusals.check_arguments(preview, cuda=True)
-    preview.transformer_impl = engine
+    check_layout(preview)
     defaults = arguments.resolve_defaults(preview, cuda=True)
     args = parse_args(extra_args_provider=partial(arguments.add_arguments, defaults=defaults))
     validate_args(args, {})

@@ -23,7 +23,14 @@ SHELL = sorted(
 SIZES = ["130m", "350m", "760m", "1.3b"]
 ARCHITECTURES = list(TABLE)
 
-# arXiv 2605.03953: parameters without and of the gates at 32000 tokens of vocabulary, peak learning
+# arXiv 2605.03953: layers, hidden size, FFN, heads.
+SHAPES = {
+    "130m": (11, 768, 3072, 12),
+    "350m": (18, 1024, 4096, 16),
+    "760m": (19, 1536, 6144, 24),
+    "1.3b": (24, 2048, 5632, 32),
+}
+# The same: parameters without and of the gates at 32000 tokens of vocabulary, peak learning
 # rate, training and warmup tokens. Four sizes.
 PUBLISHED = {
     "130m": (128_404_096, 92_160, 2e-3, 5e9, 0.05e9),
@@ -117,6 +124,21 @@ def test_every_size_has_a_script():
     }
 
 
+def test_scripts_differ_in_one_line():
+    first, *others = ((PRETRAIN / f"satformer_{size}.sh").read_text().split("\n") for size in SIZES)
+    for size, lines in zip(SIZES[1:], others, strict=True):
+        changed = [(a, b) for a, b in zip(first, lines, strict=True) if a != b]
+        assert changed == [("    --model-size 130m \\", f"    --model-size {size} \\")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shape(parsed, size, architecture):
+    run = parsed[size, architecture]
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    assert tuple(run[name] for name in names) == SHAPES[size]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parameters(parsed, size, architecture):
@@ -130,12 +152,14 @@ def test_parameters(parsed, size, architecture):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_schedule(parsed, size):
-    run = parsed[size, "satformer"]
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_schedule(parsed, size, architecture):
+    run = parsed[size, architecture]
     _, _, lr, tokens, warmup = PUBLISHED[size]
     assert run["lr"] == lr
     assert run["min_lr"] == pytest.approx(lr / 10)
-    assert run["train_samples"] == run["lr_decay_samples"] == tokens // run["seq_length"]
+    assert run["train_samples"] == tokens // run["seq_length"]
+    assert run["lr_decay_samples"] is None  # Megatron's word for all of them
     assert run["lr_warmup_samples"] == warmup // run["seq_length"]
     assert run["global_batch_size"] * run["seq_length"] == 2**21
 
@@ -155,7 +179,6 @@ COMMON = {
     "add_bias_linear": False,
     "hidden_dropout": 0.0,
     "untie_embeddings_and_output_weights": False,
-    "transformer_impl": "transformer_engine",
     "bf16": True,
     "use_distributed_optimizer": True,
     "ckpt_format": "torch_dist",
@@ -182,6 +205,50 @@ def test_nodes_and_gpus_come_from_the_environment(bin_dir):
     assert options["--nnodes"] == "4"
     assert options["--nproc-per-node"] == "2"
     assert options["--rdzv-endpoint"] == "n1:1234"
+
+
+def test_one_node_meets_on_a_port_of_its_own(bin_dir):
+    launcher, _ = recorded_flags(bin_dir, "130m")
+    options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+    assert options["--rdzv-endpoint"] == "localhost:0"
+
+
+@pytest.mark.parametrize(("listed", "processes"), [("", "1"), ("GPU 0: A\nGPU 1: A", "2")])
+def test_a_process_for_each_gpu_or_one(bin_dir, tmp_path, listed, processes):
+    write_command(tmp_path / "nvidia-smi", f"printf '%s' '{listed}'; [[ '{listed}' ]]")
+    launcher, _ = recorded_flags(bin_dir, "130m", PATH=f"{tmp_path}:{bin_dir}:{os.environ['PATH']}")
+    options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+    assert options["--nproc-per-node"] == processes
+
+
+def test_several_nodes_need_a_place_to_meet(bin_dir):
+    result = run_script(bin_dir, "satformer_130m.sh", NNODES="2")
+    assert result.returncode != 0
+    assert "MASTER_ADDR: the first of NNODES nodes" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_trains_on_the_cpu(data_flags, tmp_path):
+    named = dict(zip(data_flags[::2], data_flags[1::2], strict=True))
+    paths = {
+        "DATA_PATH": named["--data-path"],
+        "TOKENIZER_MODEL": named["--tokenizer-model"],
+        "SPLIT": named["--split"],
+        "CHECKPOINT_PATH": str(tmp_path / "checkpoints"),
+        "TENSORBOARD_LOGS_PATH": str(tmp_path / "tensorboard"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    flags = ["--model-size", "debug", "--num-layers", "2", "--train-tokens", "4096"]
+    result = subprocess.run(
+        [PRETRAIN / "launch.sh", *flags, "--data-cache-path", named["--data-cache-path"]],
+        env=os.environ | paths,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "16 samples (4,096 tokens) for 4,096 tokens, about 2 steps" in result.stdout
+    assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 def test_a_blend_becomes_several_words(bin_dir):

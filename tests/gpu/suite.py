@@ -10,14 +10,11 @@ GPU it says so and ends.
 """
 
 import argparse
-import importlib
 import json
 import os
-import platform
 import sys
 import time
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_satformer.benchmark.training import BenchmarkOptions, format_table, run_benchmark
 from megatron_satformer.files.atomic import write_atomically
+from megatron_satformer.machine.parts import describe_machine
 from megatron_satformer.model.architectures import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-# Package, and the module that shows whether it really imports.
-PARTS = {
-    "megatron-core": "megatron.core",
-    "transformer-engine": "transformer_engine.pytorch",
-    "apex": "amp_C",
-    "flash-attn": "flash_attn",
-    "triton": "triton",
-}
 ARCHITECTURES = tuple(TABLE)  # the tests add one of their own
 SHAPE_130M = {
     "hidden_size": 768,
@@ -53,26 +43,6 @@ SHAPE_130M = {
     "rounds": 6,
     "steps": 2,
 }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Cards, versions, and of each optional part its version or why it is not there."""
-    found: dict[str, Any] = {
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-    }
-    for package, module in PARTS.items():
-        try:
-            importlib.import_module(module)
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "imports, version not known"
-        except Exception as error:  # a part built for another torch raises anything
-            found[package] = f"not there: {type(error).__name__}: {error}".split("\n")[0]
-    return found
 
 
 class Collector:
@@ -118,7 +88,7 @@ def main() -> int:
     start = time.monotonic()
     os.chdir(ROOT)
     machine = describe_machine()
-    print(*(f"{name:<20}{value}" for name, value in machine.items()), sep="\n", flush=True)
+    print(*(f"{name:<22}{value}" for name, value in machine.items()), sep="\n", flush=True)
     collector = Collector()
     command = ["-m", "gpu", "tests/gpu", "-q", "-n", args.workers, "--dist", "loadgroup"]
     code = int(pytest.main([*command, *for_pytest], plugins=[collector]))

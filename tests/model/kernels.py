@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_satformer.model import kernels
 from megatron_satformer.model.gates import apply_gate
-from megatron_satformer.model.mixing import gated_sum, mix, mix_heads, normed_product
+from megatron_satformer.model.mixing import gated_sum, mix, mix_heads, normed_products
 
 # The interpreter cuts off where a GPU rounds, and both round once where torch rounds twice.
 RTOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -39,10 +39,10 @@ def sums(dtype: torch.dtype) -> Iterator[Case]:
 
 def products(dtype: torch.dtype) -> Iterator[Case]:
     for tokens, d, k in ((10, 7, 3), (70, 130, 17), (33, 768, 6)):
-        inputs = [_odd_place(tokens, 2, d, dtype=dtype), _randn(k, d)]
+        inputs = [_randn(k, d), *(_odd_place(tokens, 2, d, dtype=dtype) for _ in range(3))]
 
-        def run(x: Tensor, weight: Tensor, fused: bool) -> tuple[Tensor, ...]:
-            return (normed_product(x, weight.t(), 1e-6, fused=fused),)
+        def run(weight: Tensor, *sources: Tensor, fused: bool) -> tuple[Tensor, ...]:
+            return (normed_products(sources, weight.t(), 1e-6, fused=fused),)
 
         yield f"{tokens} x {d} x {k}", run, inputs
 

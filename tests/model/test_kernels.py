@@ -62,8 +62,8 @@ def launches(monkeypatch):
         kernels.mix_backward(weights, x[:n], x[:m], [True] * n)
     for k in (6, 48):
         weight = torch.zeros(768, k)
-        kernels.product_forward(x[0], weight)
-        kernels.product_backward(x[0], weight, torch.zeros(64, k), torch.zeros(64, 1))
+        kernels.products_forward(weight, x[:4])
+        kernels.products_backward(weight, x[:4], torch.zeros(64, 4, k), torch.zeros(64, 4, 1))
     for ng in (12, 20):
         heads = [torch.zeros(12, 64 * 64, dtype=torch.bfloat16) for _ in range(4)]
         router = torch.zeros(ng, 2, 12)

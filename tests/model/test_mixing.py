@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_satformer.model.mixing import mix, mix_heads, normed_product, weighted_sum
+from megatron_satformer.model.mixing import mix, mix_heads, normed_products, weighted_sum
 
 TOKENS = (5, 2)
 
@@ -45,11 +45,12 @@ def test_heads_are_mixed_across_sources_and_heads(kinds):
     assert torch.autograd.gradcheck(mixed, (weights, *flat))
 
 
-def test_normed_product_is_the_norm_and_the_product():
-    x, weight = randn(*TOKENS, 7), randn(7, 3)
-    expected = torch.nn.functional.rms_norm(x, (7,), eps=1e-3) @ weight
-    torch.testing.assert_close(normed_product(x, weight, 1e-3), expected)
-    assert torch.autograd.gradcheck(lambda *a: normed_product(*a, 1e-3), (x, weight))
+def test_normed_products_are_the_norm_and_the_product():
+    sources, weight = [randn(*TOKENS, 7) for _ in range(2)], randn(7, 3)
+    stacked = torch.stack(sources, dim=-2)
+    expected = torch.nn.functional.rms_norm(stacked, (7,), eps=1e-3) @ weight
+    torch.testing.assert_close(normed_products(sources, weight, 1e-3), expected)
+    assert torch.autograd.gradcheck(lambda w, *x: normed_products(x, w, 1e-3), (weight, *sources))
 
 
 def test_bf16_is_added_up_in_float32():
@@ -73,7 +74,7 @@ def test_only_references_are_kept(dtype):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         mix(weights, sources)
-        normed_product(sources[0], projection, 1e-6)
+        normed_products(sources[:1], projection, 1e-6)
         mix_heads(router, heads)
     tokens = TOKENS[0] * TOKENS[1]
     copies = [t for t in kept if t.data_ptr() not in known]

@@ -33,7 +33,7 @@ from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLay
 from megatron_satformer.model.architectures.layouts import PaperLayout
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
-from megatron_satformer.model.mixing import mix, normed_product
+from megatron_satformer.model.mixing import mix, normed_products
 from megatron_satformer.unsupported import Row
 
 SCALE_INIT = 0.01
@@ -154,8 +154,7 @@ class HyperConnection(MegatronModule):
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 weight = self.norm_gain.to(wide).unsqueeze(-1) * weight
                 eps = BASELINE_EPS
-            product = partial(normed_product, weight=weight, eps=eps, fused=self.config.fused_blend)
-            own = torch.stack([*map(product, streams)], dim=-2)
+            own = normed_products(streams, weight, eps, fused=self.config.fused_blend)
             own = own.tanh() if self.config.hc_tanh else own  # [s, b, n, 1 + 1 + n]
             beta = beta + self.dynamic_beta_scale * own[..., :1]
             alpha = alpha + self.dynamic_alpha_scale * own[..., 1:]

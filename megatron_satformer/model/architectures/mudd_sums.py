@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.record import OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
-from megatron_satformer.model.mixing import mix, normed_product
+from megatron_satformer.model.mixing import mix, normed_products
 
 NUM_WAYS = 4  # q, k, v and the residual
 POST_GAIN = 1e-3
@@ -67,7 +67,7 @@ class Aggregate(MegatronModule):
     def forward(self, history: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """X_0 .. X_n, [s, b, h] ([s/tp, b, h] under sequence parallelism) -> C such tensors."""
         eps, fused = self.config.layernorm_epsilon, self.config.fused_blend
-        weights = F.gelu(normed_product(history[-1], self.w1.t(), eps, fused=fused))
+        weights = F.gelu(normed_products(history[-1:], self.w1.t(), eps, fused=fused).squeeze(-2))
         # [s, b, width], in float32 at least
         weights = weights @ self.w2.t().to(weights.dtype) + self.static.to(weights.dtype)
         weights = weights.unflatten(-1, (self.ways, -1))  # [s, b, C, n + 1]

@@ -12,6 +12,7 @@ Checkpoints hold the pieces apart and know neither padding nor parallelism.
 Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim; "/tp": per rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,12 +67,26 @@ class SATFormerOptions(ValueResidualOptions):
     (--init-method-std). 0 starts as a plain Transformer with tanh and identity; relu gates would
     never open, having no gradient at 0, and the others start open."""
 
+    log_gates_interval: int | None = field(default=None, metadata={"changeable": True})
+    """Steps between two lines of mean alpha and share of zeros per mixing layer in metrics.jsonl
+    and TensorBoard. Default: none."""
+
 
 @dataclass
 class SATFormerConfig(ValueResidualConfig, SATFormerOptions):
     """ValueResidualConfig with gates."""
 
     architecture: str = "satformer"
+
+    @classmethod
+    def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
+        """As ValueResidualConfig's; an interval is some steps."""
+        super().check_options(options, num_layers=num_layers, groups=groups, tp=tp)
+        if options.log_gates_interval is not None and options.log_gates_interval < 1:
+            raise ValueError(
+                f"log_gates_interval ({options.log_gates_interval}) must be at least 1 step. Leave "
+                "it out to log no gates."
+            )
 
     @property
     def summary(self) -> str:
@@ -119,6 +134,7 @@ class SATFormerAttention(ValueResidualAttention):
         if mixes:
             submodules = replace(submodules, linear_qkv=_widened(submodules.linear_qkv))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.alpha_observer: Callable[[int, Tensor], None] | None = None
         if mixes:
             self._gate_logits: Tensor | None = None
             self._init_gate_rows()
@@ -140,11 +156,13 @@ class SATFormerAttention(ValueResidualAttention):
         """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
         assert logits is not None, "linear_qkv did not run before blend"
-        if self.config.fused_blend:
-            blended = gated_sum(value, logits, v1, self.config.value_gate)
-            if blended is not None:
-                return blended
-        alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)  # [s, b, ng/tp]
+        gate, tp = self.config.value_gate, self.pg_collection.tp
+        if self.alpha_observer is not None and self.training:
+            self.alpha_observer(self.layer_number, apply_gate(logits.detach(), gate, tp))
+        blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
+        if blended is not None:
+            return blended
+        alpha = apply_gate(logits, gate, tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
