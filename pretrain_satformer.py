@@ -55,18 +55,17 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import _initialize_distributed
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, metrics, refusals
-from megatron_satformer.backend import parameter_groups
+from megatron_satformer import arguments, metrics, refusals, required
+from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
 from megatron_satformer.checkpoint.megatron.recovery import recover
-from megatron_satformer.checkpoint.megatron.resume import (
-    check_resume,
-    hand_on,
-    starts_from_transformer,
-)
-from megatron_satformer.cli import only_rank_0_speaks, usage_errors
+from megatron_satformer.checkpoint.megatron.resume import check_resume, hand_on
+from megatron_satformer.checkpoint.megatron.source import starts_from_transformer
+from megatron_satformer.checkpoint.megatron.training_data import describe_data
+from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
@@ -246,6 +245,23 @@ def train_valid_test_datasets_provider(
 setattr(train_valid_test_datasets_provider, "is_distributed", True)  # noqa: B010
 
 
+def choose_provider(plan: schedule.Continuation | None) -> Any:
+    """The provider of a run that begins, or of one that goes on.
+
+    Args:
+        plan: How it goes on. Megatron asks for its steps times today's batch, and another number
+            of samples is another order of the data.
+    """
+    if plan is None or get_args().phase_transition_iterations:
+        return train_valid_test_datasets_provider
+
+    def provide(samples: list[int], vp_stage: int | None = None) -> list[Any]:
+        return train_valid_test_datasets_provider([plan.end, *samples[1:]], vp_stage)
+
+    setattr(provide, "is_distributed", True)  # noqa: B010
+    return provide
+
+
 def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfig) -> list[Any]:
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, reads, config).build()
@@ -334,15 +350,19 @@ def prepare_data(samples: tuple[int | None, ...]) -> None:
         index_cache.prepare_index_sets(sets, args.num_dataset_builder_threads)
 
 
-def configure() -> tuple[Any, DecoderModelConfig]:
+def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | None, dict]]:
     """Arguments and model, checked; nothing distributed exists yet.
+
+    Returns:
+        Both, and what rank 0 alone knows: how a run goes on, and what it has noted in its args.
 
     Raises:
         SystemExit: code 2 after one printed line, for anything the user can mend.
     """
+    plan, noted = None, {}
     with usage_errors():
-        with only_rank_0_speaks():
-            preview = arguments.preview_arguments()
+        preview = arguments.preview_arguments()
+        required.check_required(preview)
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
         check_layout(preview)
@@ -358,12 +378,15 @@ def configure() -> tuple[Any, DecoderModelConfig]:
         refusals.check_carry(model.transformer)
         check_ranks_hold_something(model.transformer)
         if args.rank == 0:
-            hand_on(args, check_resume(args), get_tokenizer().vocab_size)
-            if not args.mock_data:
-                check_data()
+            given = set(vars(args))
+            data = describe_data(args, None if args.mock_data else check_data())
+            resumed = check_resume(args, data)
+            plan = resumed.plan
+            hand_on(args, resumed.args, get_tokenizer().vocab_size)
+            noted = {name: value for name, value in vars(args).items() if name not in given}
             samples = planned_samples(vars(args))
             if samples is not None:
-                prepare_data(samples)
+                prepare_data(samples if plan is None else (plan.end, *samples[1:]))
             report = describe_run(args, model.transformer, cuda, args.padded_vocab_size)
             print(metrics.tell_arguments(args), report, sep="\n", flush=True)
             for warning in (
@@ -373,19 +396,23 @@ def configure() -> tuple[Any, DecoderModelConfig]:
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
     model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda)]
-    return args, model
+    return args, model, (plan, noted)
 
 
 def main() -> None:
     """Parse, check, build, train."""
     set_startup_timestamps(program_start=_PROGRAM_START_TIME, main_entry=time.time())
-    args, model = configure()
+    args, model, begun = configure()
+    # pretrain() would itself build the process groups, which a plan and a communicator need before;
+    # this function of Megatron's (0.19.2) does just that and is skipped when done.
+    _initialize_distributed(None, None, None)
+    plan, noted = schedule.share(begun)
+    vars(args).update(noted)  # which every rank's part of a checkpoint has
+    if plan is not None:
+        schedule.activate(plan, args)
     container = pretrain_cfg_container_from_args(args, model)
     communication = {}
     if args.pipeline_model_parallel_size > 1:
-        # pretrain() takes a communicator, which needs process groups, and would itself build the
-        # groups; this function of Megatron's (0.19.2) does just that and is skipped when done.
-        _initialize_distributed(None, None, None)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         # As Megatron's evaluate (0.19.2) counts its micro-batches.
         at_once = args.eval_micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
@@ -393,8 +420,8 @@ def main() -> None:
         communicator = CarryP2PCommunicator(groups.pp, model.transformer, evaluated)
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
-    provider, kind = train_valid_test_datasets_provider, ModelType.encoder_or_decoder
-    pretrain(container, provider, kind, forward_step, **communication)
+    kind = ModelType.encoder_or_decoder
+    pretrain(container, choose_provider(plan), kind, forward_step, **communication)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -403,4 +430,4 @@ if __name__ == "__main__":
     # Megatron's first save starts a helper process by spawn, which would import this script again,
     # on every rank (8 s, 560 MB), had it a file.
     del __file__
-    main()
+    record(main)()  # torchrun's summary shows why a rank has failed

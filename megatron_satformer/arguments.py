@@ -9,14 +9,16 @@ import sys
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from dataclasses import Field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args
 
+from megatron_satformer.cli import describe_flag_error
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.layout import choose_stages
 from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
+from megatron_satformer.required import NEVER, find_defaults
 from megatron_satformer.sizes import SIZES, resolve_schedule, size_defaults, token_count
 
 # The model family's defaults where Megatron's are GPT-2's.
@@ -35,6 +37,11 @@ FAMILY_DEFAULTS: dict[str, Any] = {
     "create_attention_mask_in_dataloader": False,
     "bf16": False,
 }
+# What says which data a run reads; a run that goes on may not change it unasked.
+DATA_OPTIONS = (
+    *("data_path", "tokenizer", "seq_length", "split", "seed", "dataloader_type", "mock_data"),
+    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+)
 # The way back from a default that Megatron has no flag against.
 COUNTER_FLAGS = {
     "--no-swiglu": ("swiglu", False, "Use a plain GeLU MLP."),
@@ -65,13 +72,34 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
         help="Where to run. auto: cuda where there is a GPU, else cpu (gloo, every parallel "
         "layout, for tests and small models).",
     )
+    add_resume_arguments(parser)
     _add_size(group)
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"
         group.add_argument(flag, dest=dest, action=action, help=text)
     _mend_help(parser)
+    _mend_errors(parser)
     parser.set_defaults(**FAMILY_DEFAULTS | {"transformer_impl": None} | (defaults or {}))
     return parser
+
+
+def add_resume_arguments(parser: ArgumentParser) -> None:
+    """The flags that say what of a run may change when it goes on."""
+    group = parser.add_argument_group("going on")
+    group.add_argument(
+        "--allow-fresh-start",
+        action="store_true",
+        help="Start at step 0 where --load is missing or holds no whole checkpoint. Without it an "
+        "empty --load, or one that is --save and holds no checkpoint, alone starts anew.",
+    )
+    group.add_argument(
+        "--allow-data-change",
+        nargs="+",
+        choices=DATA_OPTIONS,
+        metavar="OPTION",
+        help="What of the data may be another than in the run that saved --load: "
+        f"{', '.join(DATA_OPTIONS)}.",
+    )
 
 
 def _add_size(group: _ArgumentGroup) -> None:
@@ -121,11 +149,20 @@ def _mend_help(parser: ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
+def _mend_errors(parser: ArgumentParser) -> None:
+    # argparse would print the usage of all flags, 600 lines, before the one that matters.
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(describe_flag_error(parser, message))
+
+    parser.error = refuse  # type: ignore[method-assign]
+
+
 def preview_arguments() -> Namespace:
     """Parse the command line once, before anything is imported, built or validated for it.
 
     Raises:
-        SystemExit: as argparse, for an unknown flag, a bad choice or --help.
+        ValueError: an unknown flag or a bad choice.
+        SystemExit: --help.
         NotImplementedError: --yaml-cfg, which would replace the whole command line.
     """
     if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
@@ -174,6 +211,7 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
         # Fused kernels of Transformer Engine and apex that the local backend does not have.
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
     defaults |= find_architecture(preview.architecture).defaults(preview)
+    defaults |= find_defaults(preview)
     if not importable("fused_weight_gradient_mlp_cuda"):  # apex's; the output layer needs it
         defaults["gradient_accumulation_fusion"] = False
     if not cuda:
@@ -190,9 +228,10 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
 
 
 def finish_arguments(args: Namespace) -> Namespace:
-    """Undo what only Megatron's validation needed."""
+    """Undo what only Megatron's validation needed, and take 0 where it means never."""
     if args.spec == ["local"]:
         args.spec = None
+    args.eval_interval = args.eval_interval or NEVER
     return args
 
 

@@ -1,16 +1,20 @@
 """A user's mistake: one clear line on stderr, once, exit code 2, whatever was started.
 
 `run_tool` is for tools, `usage_errors` for the part of a launch on many ranks that reads arguments.
-Both know a mistake by USER_ERRORS and leave by `_refuse`.
+Both know a mistake by USER_ERRORS and leave by `_refuse`, which also leaves the line where torchrun
+looks for the cause of its failure.
 """
 
 import argparse
 import contextlib
+import difflib
 import inspect
+import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +22,12 @@ from types import FrameType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 EXIT_USER_ERROR = 2
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun reads why a rank has failed
 # The first two carry a message written for the user; OSError is the machine's word (disk full,
 # permission). Anything else is our bug and keeps its traceback.
 USER_ERRORS = (ValueError, NotImplementedError, OSError)
 _SPEAKER_HEAD_START = 20  # seconds
+_SAME_LAUNCH = 300  # seconds within which a parent's number and a port are not another launch's
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,8 +48,26 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` and where the flags are listed, then exits with code 2."""
-        print(f"error: {message}. See {self.prog} --help.", file=sys.stderr)
+        print(f"error: {describe_flag_error(self, message)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def describe_flag_error(parser: argparse.ArgumentParser, message: str) -> str:
+    """What is wrong with a command line, in one line; of an unknown flag, which one is nearest.
+
+    Args:
+        parser: That found it.
+        message: What argparse says of it.
+    """
+    head, _, words = message.partition("unrecognized arguments: ")
+    nearest = []
+    for word in words.split() if not head else ():
+        flag = word.partition("=")[0]
+        spelt = flag.lower().replace("_", "-")
+        known = {known.lower().replace("_", "-"): known for known in parser._option_string_actions}
+        found = difflib.get_close_matches(spelt, known, 1) if flag.startswith("--") else []
+        nearest += [f"The nearest to {flag} is {known[found[0]]}."] if found else []
+    return " ".join([f"{message}.", *nearest, f"See {parser.prog} --help."])
 
 
 def add_flags_of(
@@ -95,20 +119,6 @@ def usage_errors() -> Iterator[None]:
         yield
     except (*USER_ERRORS, AssertionError) as error:
         _refuse(error)
-    except SystemExit as leaving:
-        if leaving.code == EXIT_USER_ERROR:  # argparse has printed its line
-            _let_rank_0_speak()
-        raise
-
-
-@contextlib.contextmanager
-def only_rank_0_speaks() -> Iterator[None]:
-    """Mutes stderr on the other ranks; around argparse alone, which prints before it leaves."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stderr(nowhere if _rank() else sys.stderr),
-    ):
-        yield
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -137,12 +147,44 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _refuse(error: Exception) -> NoReturn:
+    told = " ".join(str(error).split()) or _failed_line(error)
     if _rank():
-        _let_rank_0_speak()
-    else:
-        told = " ".join(str(error).split()) or _failed_line(error)
-        print(f"error: {told}", file=sys.stderr, flush=True)
+        # torchrun ends every rank as soon as one has failed: if this one is still there after the
+        # wait, rank 0 has not met the error.
+        time.sleep(_SPEAKER_HEAD_START)
+    _leave_for_torchrun(f"error: {told}")
+    if _is_first_to_speak():
+        met = f" (met by rank {_rank()})" if _rank() else ""
+        print(f"error: {told}{met}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
+
+
+def _leave_for_torchrun(told: str) -> None:
+    file = os.environ.get(ERROR_FILE)
+    if not file:
+        return
+    # The form that torch.distributed.elastic's ErrorHandler writes; its summary shows the stack.
+    extra = {"py_callstack": told, "timestamp": str(int(time.time()))}
+    content = {"message": {"message": told, "extraInfo": extra}}
+    with contextlib.suppress(OSError), open(file, "w") as stream:
+        json.dump(content, stream)
+
+
+def _is_first_to_speak() -> bool:
+    """Whether no other rank of this launch on this machine has told its error; rank 0 always is."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    launch = f"satformer-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+    told = os.path.join(tempfile.gettempdir(), f"{launch}.told")
+    try:
+        os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        if time.time() - os.stat(told).st_mtime < _SAME_LAUNCH:
+            return _rank() == 0
+        os.utime(told)
+    except OSError:  # a second line is better than none
+        pass
+    return True
 
 
 def _failed_line(error: Exception) -> str:
@@ -150,12 +192,6 @@ def _failed_line(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     file = os.path.basename(place.filename)
     return f"the options do not go together: `{place.line}` ({file}, line {place.lineno})"
-
-
-def _let_rank_0_speak() -> None:
-    if _rank():
-        # torchrun ends every rank as soon as one has failed.
-        time.sleep(_SPEAKER_HEAD_START)
 
 
 def _rank() -> int:

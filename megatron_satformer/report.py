@@ -7,6 +7,7 @@ import torch
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.parameters import count_moe_layers, count_parameters
 from megatron_satformer.parallel.carry import boundary_widths
+from megatron_satformer.required import NEVER
 
 
 def describe_run(args: Namespace, config: DecoderConfig, cuda: bool, vocab_size: int) -> str:
@@ -31,7 +32,7 @@ def describe_run(args: Namespace, config: DecoderConfig, cuda: bool, vocab_size:
         "batch": f"{args.global_batch_size} sequences, {args.micro_batch_size} per micro-batch, "
         f"{args.global_batch_size * args.seq_length:,} tokens per step",
         "schedule": f"{_length(args)}, lr {args.lr} -> {args.min_lr:g} {args.lr_decay_style}"
-        + _warmup(args),
+        + f"{_warmup(args)}, {_evaluation(args)}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "layout": _layout(args),
         "payload": _payload(args, config),
@@ -68,11 +69,21 @@ def _parameters(args: Namespace, config: DecoderConfig, vocab_size: int) -> str:
     )
 
 
+def _evaluation(args: Namespace) -> str:
+    if not args.eval_iters and not args.full_validation:
+        return "not evaluated"
+    if args.eval_interval >= NEVER:
+        return "evaluated at the end alone"
+    return f"evaluated every {args.eval_interval:,} steps"
+
+
 def _length(args: Namespace) -> str:
     if args.train_samples:
+        left = 0 if args.step_batch_size_schedule else args.train_samples % args.global_batch_size
+        lost = f" (the last {left:,} less than a step, and not trained on)" if left else ""
         steps = args.train_samples // args.global_batch_size
         asked = f" for {args.train_tokens:,} tokens" if args.train_tokens else ""
-        return f"{_samples(args, args.train_samples)}{asked}, about {steps:,} steps"
+        return f"{_samples(args, args.train_samples)}{lost}{asked}, about {steps:,} steps"
     return f"{args.train_iters:,} steps" if args.train_iters else "no training"
 
 

@@ -1,10 +1,14 @@
+import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Literal
 
 import pytest
 
+from megatron_satformer import cli
 from megatron_satformer.cli import ToolParser, add_flags_of, usage_errors
 
 
@@ -110,3 +114,78 @@ def test_flags_come_from_what_they_fill():
     assert "How large; this line goes on." in " ".join(parser.format_help().split())
     with pytest.raises(SystemExit):
         parser.parse_args(["--path", "p", "--kind", "z"])
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        (["--worker", "1"], " The nearest to --worker is --workers."),
+        (["--Max_Tokens=3"], " The nearest to --Max_Tokens is --max-tokens."),
+        (["--zzz"], ""),
+        (["word"], ""),
+    ],
+)
+def test_a_flag_that_does_not_exist_names_the_nearest(given, nearest, capsys):
+    parser = ToolParser(prog="tool")
+    for flag in ("--workers", "--max-tokens"):
+        parser.add_argument(flag)
+    with pytest.raises(SystemExit):
+        parser.parse_args(given)
+    told = f"error: unrecognized arguments: {' '.join(given)}.{nearest} See tool --help.\n"
+    assert capsys.readouterr().err == told
+
+
+def test_only_one_of_many_ranks_speaks_and_says_which(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_SPEAKER_HEAD_START", 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_PORT", f"{os.getpid()}-{time.time_ns()}")
+    for rank in "321":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end, usage_errors():
+            raise ValueError("x (1) must be 2.")
+        assert end.value.code == 2
+    assert capsys.readouterr().err == "error: x (1) must be 2. (met by rank 3)\n"
+
+
+SCRIPT = """
+import os, time
+from megatron_satformer import cli
+cli._SPEAKER_HEAD_START = 0.5
+with cli.usage_errors():
+    if os.environ["RANK"] == {rank!r}:
+        raise ValueError("x (1) must be 2.")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_torchruns_summary_shows_the_line_as_the_root_cause(tmp_path, rank):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(rank=rank))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr"]
+    command = [*launch, "127.0.0.1", "--nproc-per-node", "2", str(script)]
+    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    ).stderr
+    cause = told.partition("Root Cause (first observed failure):")[2]
+    assert f"rank      : {rank}" in cause
+    assert "error: x (1) must be 2." in cause
+    assert "To enable traceback" not in told
+    met = " (met by rank 1)" if rank == "1" else ""
+    assert told.count(f"error: x (1) must be 2.{met}\n") == (2 if not met else 1)
+
+
+def test_no_error_file_is_no_further_error(monkeypatch, capsys):
+    monkeypatch.setenv(cli.ERROR_FILE, "/nowhere/error.json")
+    with pytest.raises(SystemExit), usage_errors():
+        raise ValueError("x (1) must be 2.")
+    assert capsys.readouterr().err == "error: x (1) must be 2.\n"
+
+
+def test_the_error_file_has_torchs_form(monkeypatch, tmp_path):
+    monkeypatch.setenv(cli.ERROR_FILE, str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit), usage_errors():
+        raise ValueError("x (1) must be 2.")
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["extraInfo"]["py_callstack"] == message["message"] == "error: x (1) must be 2."

@@ -53,6 +53,7 @@ def training_flags(train_iters: int) -> str:
         # 12 batches are about a quarter of the validation text; no workers: the cores are busy
         f"--eval-interval {min(30, half)} --eval-iters 12 --num-workers 0 "
         f"--load {{root}}/checkpoints --save {{root}}/checkpoints --save-interval {min(50, half)} "
+        "--allow-fresh-start "  # where the first save was cut off
         f"--tensorboard-dir {{root}}/tensorboard {DATA} --data-cache-path {{root}}/data/cache "
         f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {TOKENIZER}"
     )

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 
 import pytest
 from megatron.training import training
@@ -62,6 +63,21 @@ def test_every_step_has_them_before_and_after_a_resume(recorded, tmp_path, ranks
     assert rates[0] == pytest.approx(3e-3)
     assert sorted(rates, reverse=True) == rates
     assert len(set(rates)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, DO)])
+def test_another_rate_on_a_resume_reaches_every_group(recorded, tmp_path, ranks, layout):
+    """The optimizer finds the groups of its state by the rates that they were saved with."""
+    recorded("first", ranks, *layout.split(), "--exit-interval", "3")
+    given = ["--load", str(tmp_path / "saved"), "--override-opt-param-scheduler", "--lr", "1e-3"]
+    steps = recorded("second", ranks, *layout.split(), *given)
+    assert len(steps) == 3
+    for done, groups in enumerate(steps, 3):
+        (routers,) = (group for group in groups if group["numbers"] == ROUTERS)
+        (lr,) = {group["lr"] for group in groups if group is not routers}
+        assert lr == pytest.approx(3e-4 + 7e-4 * (1 + math.cos(math.pi * done / 6)) / 2)
+        assert routers["lr"] == pytest.approx(10 * lr)
 
 
 def test_megatron_still_asks_by_that_name():

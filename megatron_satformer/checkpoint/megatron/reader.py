@@ -35,6 +35,7 @@ from megatron_satformer.checkpoint.tensor_names import list_problems
 # Megatron's imports make torch look for a CUDA compiler, and say so where one is without a GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # the folder, and the word in the tracker, of weights without a step
 STEP_FOLDER = "iter_{step:07d}"
 # keys of the model: everything else (optimizer, random state, scheduler, common state) has others
 MODEL_KEY = re.compile(r"(embedding|decoder|output_layer)\.(?!.*(_extra_state|optimizer))")
@@ -50,6 +51,7 @@ class MegatronCheckpoint:
         args: The command line that trained it, under Megatron's names.
         tensors: Key -> shape and dtype, for the tensors of the model alone.
         metadata: Of torch's checkpoint format: where every piece lies.
+        schedule: State of the learning rate's scheduler; None where it was not saved.
     """
 
     folder: Path
@@ -57,6 +59,12 @@ class MegatronCheckpoint:
     args: Namespace
     tensors: Mapping[str, TensorStorageMetadata]
     metadata: Metadata = field(repr=False)
+    schedule: Mapping[str, Any] | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether the optimizer's state was saved."""
+        return any(key.startswith("optimizer.") for key in self.metadata.state_dict_metadata)
 
     def read(self, key: str, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Reads one tensor.
@@ -171,8 +179,8 @@ def _find_step_folder(load_dir: Path, step: int | None) -> Path:
                 f"Steps found: {steps or 'none'}."
             )
         latest = tracker.read_text().strip()
-        if latest == "release":
-            return load_dir / "release"
+        if latest == RELEASE:
+            return load_dir / RELEASE
         if not latest.isdigit():
             raise ValueError(f"{tracker} must hold a number, not {latest!r}.")
         step = int(latest)
@@ -210,7 +218,8 @@ def open_checkpoint(load_dir: Path, step: int | None = None) -> MegatronCheckpoi
     }
     if "args" not in common:
         raise ValueError(f"{folder} holds no args: it was not saved by a training run.")
-    return MegatronCheckpoint(folder, common.get("iteration", 0), common["args"], tensors, metadata)
+    step, schedule = common.get("iteration", 0), common.get("opt_param_scheduler")
+    return MegatronCheckpoint(folder, step, common["args"], tensors, metadata, schedule)
 
 
 def _check_format(folder: Path) -> None:

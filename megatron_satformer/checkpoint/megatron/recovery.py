@@ -7,6 +7,7 @@ over it when it saves that step again. Must not know: models, process groups.
 """
 
 import json
+import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_satformer.checkpoint.megatron.damage import find_damage
-from megatron_satformer.checkpoint.megatron.reader import STEP_FOLDER, TRACKER, list_steps
+from megatron_satformer.checkpoint.megatron.reader import RELEASE, STEP_FOLDER, TRACKER, list_steps
 from megatron_satformer.files.atomic import write_atomically
 
 WAIT = 120.0  # seconds that a rank leaves to rank 0; reading the lists of a large model takes long
 POLL = 0.1
+FRESH = "To start anew at step 0 all the same, add --allow-fresh-start."
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,26 @@ def recover(args: Namespace) -> None:
         _check_step(load, args.ckpt_step)
     if args.rank != 0:
         _await_rank_0(load, args.ckpt_step)
-    elif found := find_recovery(load, args.ckpt_step):
-        _mend(load, found)
+    elif found := find_recovery(load, args.ckpt_step, args.allow_fresh_start):
+        _mend(load, found, args.allow_fresh_start)
 
 
 def _await_rank_0(load: Path, ckpt_step: int | None) -> None:
     end = time.monotonic() + WAIT
-    while (found := find_recovery(load, ckpt_step)) and found.step and time.monotonic() < end:
+    while (found := find_recovery(load, ckpt_step, True)) and found.step and time.monotonic() < end:
         time.sleep(POLL)
 
 
-def _mend(load: Path, found: Recovery) -> None:
+def _mend(load: Path, found: Recovery, allow_fresh_start: bool) -> None:
     if found.step is None:
-        print(f"WARNING: {found.torn}. No save was completed: the run starts anew.", flush=True)
+        if not allow_fresh_start:
+            raise ValueError(
+                f"load ({load}) must hold a whole checkpoint: {found.torn}, and no save was "
+                f"completed. {FRESH}"
+            )
+        if (load / TRACKER).exists():
+            os.replace(load / TRACKER, load / f"{TRACKER}.torn")
+        print(f"WARNING: {found.torn}. No step is whole: the run starts anew.", flush=True)
         return
     try:
         write_atomically(load / TRACKER, str(found.step).encode())
@@ -83,12 +92,15 @@ def _mend(load: Path, found: Recovery) -> None:
     )
 
 
-def find_recovery(load: Path, ckpt_step: int | None = None) -> Recovery | None:
+def find_recovery(
+    load: Path, ckpt_step: int | None = None, allow_fresh_start: bool = False
+) -> Recovery | None:
     """Looks whether the step that the tracker names can be loaded, and if not, which can.
 
     Args:
         load: As given to --load.
         ckpt_step: As given to --ckpt-step: then the tracker need only be readable.
+        allow_fresh_start: Whether a run may start anew where no step is whole.
 
     Returns:
         None if all is well, or nothing was ever saved there.
@@ -103,11 +115,52 @@ def find_recovery(load: Path, ckpt_step: int | None = None) -> Recovery | None:
     for step in reversed(list_steps(load)):
         if not find_step_damage(load / STEP_FOLDER.format(step=step)):
             return Recovery(torn, step)
-    if not tracker.exists():
+    if not tracker.exists() or allow_fresh_start:
         return Recovery(torn, None)
     raise ValueError(
         f"load ({load}) must hold a whole checkpoint: {torn}, and no other step is whole. Copy one "
-        "there again, or remove the folder to start anew."
+        f"there again. {FRESH}"
+    )
+
+
+def check_fresh_start(args: Namespace) -> None:
+    """Refuses to start at step 0 where a checkpoint was to be read.
+
+    Args:
+        args: Megatron's; there is no tracker in --load.
+
+    Raises:
+        ValueError: --load is not there, and not where this run saves; or it holds something that is
+            no checkpoint, and not this run's.
+    """
+    if args.load is None or args.allow_fresh_start:
+        return
+    load = Path(args.load)
+    own = args.save is not None and load.resolve() == Path(args.save).resolve()
+    held = sorted(path.name for path in load.iterdir()) if load.is_dir() else []
+    if (load / ".metadata").is_file() or (load / "metadata.json").is_file():
+        step = f" --ckpt-step {int(load.name[5:])}" if load.name[5:].isdecimal() else ""
+        raise ValueError(
+            f"load ({load}) must be the folder that steps are in, and is that of one. Give --load "
+            f"{load.parent}{step}."
+        )
+    saved = [name for name in held if name.startswith("iter_") or name == RELEASE]
+    if saved:
+        raise ValueError(
+            f"load ({load}) must hold a whole checkpoint: it has {saved[-1]} but no {TRACKER}, "
+            f"and the run would write over it from step 0 on. Let {TRACKER} name the step. {FRESH}"
+        )
+    if own or (load.is_dir() and not held):
+        return
+    if not load.exists():
+        raise ValueError(
+            f"load ({load}) must be a folder of checkpoints, and there is none. Mend the path. "
+            f"{FRESH}"
+        )
+    kind = "a Hugging Face folder" if "config.json" in held else "none"
+    raise ValueError(
+        f"load ({load}) must be a folder of checkpoints, and is {kind}: it has neither {TRACKER} "
+        f"nor iter_* in it. Mend the path. {FRESH}"
     )
 
 
@@ -133,11 +186,11 @@ def _find_torn(load: Path, ckpt_step: int | None) -> str:
         named = tracker.read_text().strip()
     except (OSError, UnicodeError):
         return f"{tracker} cannot be read"
-    if named != "release" and not named.isdecimal():
+    if named != RELEASE and not named.isdecimal():
         return f"{tracker} must hold a step, not {named!r}"
     if ckpt_step:
         return ""
-    folder = load / (named if named == "release" else STEP_FOLDER.format(step=int(named)))
+    folder = load / (named if named == RELEASE else STEP_FOLDER.format(step=int(named)))
     return find_step_damage(folder)
 
 

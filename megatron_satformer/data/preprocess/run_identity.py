@@ -37,11 +37,11 @@ def describe_run(options: PreprocessOptions, sources: Sequence[Source]) -> dict[
         ],
         "json_keys": list(options.json_keys),
         **{name: getattr(options, name) for name in ASKED},
-        "tokenizer": _describe_tokenizer(options.tokenizer),
+        "tokenizer": describe_tokenizer(options.tokenizer),
     }
 
 
-def _describe_tokenizer(options: TokenizerOptions) -> dict[str, Any]:
+def describe_tokenizer(options: TokenizerOptions) -> dict[str, Any]:
     """Returns the tokenizer flags, sha256 of the files they name, and the packages' versions."""
     values = asdict(options)
     found = {name: value for name, value in values.items() if value not in (None, False, ())}

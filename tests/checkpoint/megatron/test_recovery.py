@@ -1,6 +1,7 @@
 """A torn step is passed over for the newest whole one, never removed and never in silence."""
 
 import os
+import re
 from argparse import Namespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from megatron_satformer.checkpoint.megatron.reader import TRACKER
 from megatron_satformer.checkpoint.megatron.recovery import (
     Recovery,
+    check_fresh_start,
     find_recovery,
     find_start,
     find_step_damage,
@@ -39,6 +41,7 @@ def load(tmp_path):
 def options(load, rank=0, **others):
     given = {"ckpt_format": "torch_dist", "ckpt_step": None}
     given |= {"use_checkpoint_args": False, "from_transformer": False}
+    given |= {"allow_fresh_start": False, "save": None}
     return Namespace(load=str(load), rank=rank, **given | others)
 
 
@@ -114,13 +117,46 @@ def test_no_whole_step_is_refused(load):
     assert (load / TRACKER).read_text() == "30"
 
 
-def test_a_first_save_that_was_cut_off_starts_anew_and_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("tracker", [None, ""])
+def test_where_no_step_is_whole_only_a_flag_starts_anew(tmp_path, capsys, tracker):
     write_step(tmp_path, 10)
     (tmp_path / TRACKER).unlink()
+    if tracker is not None:
+        (tmp_path / TRACKER).write_text(tracker)
     (tmp_path / "iter_0000010" / ".metadata").unlink()
-    recover(options(tmp_path))
+    with pytest.raises(ValueError, match=r"must hold a whole checkpoint: .* --allow-fresh-start"):
+        recover(options(tmp_path))
+    recover(options(tmp_path, allow_fresh_start=True))
     assert not (tmp_path / TRACKER).exists()
-    assert "No save was completed: the run starts anew." in capsys.readouterr().out
+    assert "No step is whole: the run starts anew." in capsys.readouterr().out
+
+
+def test_a_run_starts_anew_where_nothing_can_be_lost(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "own" / "tensorboard").mkdir(parents=True)
+    check_fresh_start(options(tmp_path / "empty"))
+    check_fresh_start(options(tmp_path / "own", save=str(tmp_path / "own")))
+    check_fresh_start(options(tmp_path / "new", save=f"{tmp_path}/other/../new"))
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (None, "must be a folder of checkpoints, and there is none. Mend the path."),
+        ("iter_0000010", "it has iter_0000010 but no latest_checkpointed_iteration.txt, and"),
+        ("config.json", "must be a folder of checkpoints, and is a Hugging Face folder"),
+        ("notes.txt", "must be a folder of checkpoints, and is none"),
+        (".metadata", "must be the folder that steps are in, and is that of one. Give --load"),
+    ],
+)
+def test_another_folder_is_not_trained_from_step_0(tmp_path, made, told):
+    load = tmp_path / "typo"
+    if made is not None:
+        load.mkdir()
+        (load / made).touch()
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_fresh_start(options(load))
+    check_fresh_start(options(load, allow_fresh_start=True))
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])

@@ -1,5 +1,6 @@
-"""A stopped run continues as if it had never stopped; another model is not continued."""
+"""A stopped run continues as if it had never stopped; what is asked otherwise is told."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -112,3 +113,117 @@ def test_async_save_without_its_package(pretrain, data_flags):
         assert "or use --async-strategy mcore" in run.output
     else:
         pytest.skip("nvidia-resiliency-ext is installed")
+
+
+@pytest.fixture(scope="module")
+def stopped(pretrain, data_flags, tmp_path_factory):
+    """Flags of a run of 20 steps, 160 samples, and the folder where its first 10 are saved."""
+    made = {}
+
+    def stop(length="--train-iters 20", extra=""):
+        if (length, extra) not in made:
+            folder = tmp_path_factory.mktemp("stopped")
+            flags = [*SHAPE, *data_flags, *extra.split()]
+            saving = ["--save", folder, "--save-interval", 10, "--exit-interval", 10]
+            pretrain(1, *flags, *length.split(), *saving, board=False)
+            made[length, extra] = flags, folder
+        return made[length, extra]
+
+    return stop
+
+
+def cosine(samples, end=160, lr=3e-3, low=3e-4):
+    return low + (lr - low) * (1 + math.cos(math.pi * samples / end)) / 2
+
+
+ITERS, SAMPLES = "--train-iters 20", "--train-samples 160"
+ANEW, KEPT = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+
+
+# What the run that goes on is given; samples of its last step; its learning rates by samples.
+GOES_ON = [
+    (ITERS, "--global-batch-size 16", 160, cosine),
+    pytest.param(SAMPLES, "--global-batch-size 16", 160, cosine, marks=SLOW),
+    pytest.param(ITERS, "--global-batch-size 4", 160, cosine, marks=SLOW),
+    (SAMPLES, "--global-batch-size 4", 160, cosine),
+    (ITERS, f"--train-iters 30 {ANEW}", 240, lambda n: cosine(n, 240)),
+    pytest.param(ITERS, f"--train-iters 30 {KEPT}", 240, lambda n: cosine(min(n, 160)), marks=SLOW),
+    (ITERS, f"--lr 1e-3 --min-lr 1e-4 {ANEW}", 160, lambda n: cosine(n, lr=1e-3, low=1e-4)),
+    pytest.param(ITERS, f"--lr 1e-3 {KEPT}", 160, cosine, marks=SLOW),
+    (ITERS, "--no-load-optim", 160, cosine),
+]
+
+
+@pytest.mark.parametrize(("length", "given", "end", "rate"), GOES_ON, ids=str)
+def test_the_end_and_the_learning_rates_are_those_asked_for(
+    stopped, pretrain, length, given, end, rate
+):
+    flags, folder = stopped(length)
+    run = pretrain(1, *flags, *length.split(), "--load", folder, *given.split())
+    batch = int(given.split()[1]) if "batch" in given else 8
+    samples = {11 + n: 80 + (n + 1) * batch for n in range((end - 80) // batch)}
+    rates = run.scalars("learning-rate")
+    assert list(rates) == list(samples)
+    assert rates == pytest.approx({step: rate(n) for step, n in samples.items()}, rel=1e-5)
+    assert "what it means" in run.output
+
+
+@pytest.mark.slow
+def test_other_ranks_follow_what_rank_0_has_found(stopped, pretrain):
+    flags, folder = stopped(ITERS, f"{DO} --architecture lime")
+    given = f"{ITERS} --global-batch-size 16 --lr 1e-3 {ANEW} --train-iters 15"
+    run = pretrain(2, *flags, *given.split(), "--load", folder)
+    rates = run.scalars("learning-rate")
+    assert rates[15] == pytest.approx(3e-4)
+    assert rates[11] == pytest.approx(cosine(96, lr=1e-3), rel=1e-5)
+    assert run.output.count("what it means") == 1
+
+
+NOT_SAVED = f"{ITERS} --no-save-optim --no-save-rng"
+REFUSED = [
+    (ITERS, "--train-iters 30", "train_iters (30 steps, 240 samples) must be that of the"),
+    (ITERS, "--lr 1e-3", "lr (0.001) must be that of the checkpoint, which is (0.003), or the run"),
+    (ITERS, "--lr-warmup-iters 4", "lr_warmup_iters (32 samples) must be that of the checkpoint"),
+    (ITERS, "--seq-length 32", "seq_length (32) must be that of the checkpoint, which is (64): "),
+    (ITERS, "--seed 1", "Undo that, or add --allow-data-change seed."),
+    (ITERS, "--bf16", "bf16 (True) must be that of the checkpoint in load ("),
+    (ITERS, "--optimizer sgd", "optimizer (sgd) must be that of the checkpoint in load ("),
+    (ITERS, "--allow-data-change sed", "invalid choice: 'sed'"),
+    (NOT_SAVED, ITERS, "was saved without the optimizer's state (--no-save-optim). Add --no-load-"),
+    (SAMPLES, "--train-samples 320", "train_samples (320 samples) must be that of the checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("length", "given", "told"), REFUSED, ids=str)
+def test_what_must_not_change_unasked_is_one_line(stopped, pretrain, length, given, told):
+    flags, folder = stopped(length)
+    length = [] if given == ITERS else length.split()
+    run = pretrain(1, *flags, *length, "--load", folder, *given.split(), code=2)
+    [line] = [line for line in run.output.splitlines() if "error: " in line]
+    assert told in line
+    assert "Traceback" not in run.output
+    assert ("what it means" in run.output) == ("invalid choice" not in told)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_weights_alone_goes_on_where_the_schedule_stopped(stopped, pretrain):
+    flags, folder = stopped(NOT_SAVED)
+    run = pretrain(1, *flags, *ITERS.split(), "--load", folder, "--no-load-optim")
+    assert run.scalars("learning-rate")[11] == pytest.approx(cosine(88), rel=1e-5)
+    for told in ("fresh moments; the learning rate goes on at sample 80", "dropout draws as from"):
+        assert told in run.output
+
+
+def test_a_folder_without_a_checkpoint_is_not_trained_over(pretrain, data_flags, tmp_path):
+    flags = [*SHAPE, *data_flags, "--train-iters", 1, "--load", tmp_path / "typo"]
+    run = pretrain(1, *flags, code=2)
+    assert f"error: load ({tmp_path / 'typo'}) must be a folder of checkpoints" in run.output
+    assert len(pretrain(1, *flags, "--allow-fresh-start").losses) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_says_so(pretrain, data_flags, tmp_path):
+    flags = [*SHAPE, *data_flags, "--train-iters", 2, "--save", tmp_path, "--save-interval", 2]
+    pretrain(1, *flags, "--load", tmp_path)  # the first start of a restartable command line
+    done = pretrain(1, *flags, "--load", tmp_path, board=False)
+    assert "nothing is left to train, 2 steps with 16 samples are done" in done.output
