@@ -13,6 +13,8 @@ VIRTUAL = "--num-layers-per-virtual-pipeline-stage 1"
 OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-num-layers"
 UNIFORM, BLOCK = f"{FULL} 2 --recompute-method uniform", f"{FULL} 1 --recompute-method block"
+CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
+DOCUMENTS, WINDOW = "--dataloader-inter-document-masking", "--window-size 8,0"
 SELECTIVE = "--recompute-granularity selective"
 GROUPS_OF_3 = "--microbatch-group-size-per-virtual-pipeline-stage 3"
 LAYOUT = "--pipeline-model-parallel-layout"
@@ -166,6 +168,20 @@ ROWS = (
     Row("TP2 x PP2 + SP, 2 KV heads", 4, f"{TP2} {PP2} {SP}", GQA2, fast=GATED),
     Row("PP2, untied embeddings", 2, PP2, UNTIED),
     Row("TP2 x PP2 + SP, untied embeddings", 4, f"{TP2} {PP2} {SP}", UNTIED),
+    Row("CP2", 2, CP2, fast=GATED),
+    Row("CP4", 4, CP4),
+    Row("CP2 x TP2 + SP", 4, f"{CP2} {TP2} {SP}"),
+    Row("CP2 x PP2", 4, f"{CP2} {PP2}"),
+    Row("CP2 x DP2, distributed optimizer", 4, f"{CP2} {OPTIMIZER}"),
+    Row("CP2, recompute full, uniform", 2, f"{CP2} {UNIFORM}"),
+    Row("CP2, loss not on all tokens", 2, CP2, "--eod-mask-loss"),
+    Row(
+        "CP2 x TP2 x PP2 + SP, documents, window",
+        8,
+        f"{CP2} {TP2} {PP2} {SP}",
+        f"{DOCUMENTS} {WINDOW}",
+    ),
+    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS),
     Row("DP2, loss per token", 2, "", PER_TOKEN),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )
