@@ -72,7 +72,7 @@ from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
-from megatron_satformer.model.packing import pack_samples, pack_stream
+from megatron_satformer.model.packing import is_one_stream, pack_documents
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
@@ -126,7 +126,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    if _is_one_stream(args):
+    if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
     if is_first_or_last_pipeline_stage(vp_stage):
         batch = get_batch_on_this_cp_rank(
@@ -209,18 +209,11 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
 
 def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
     """What attention needs to keep packed documents apart."""
-    args = get_args()
     if batch["cu_seqlens"] is None:
         return None
-    pack = pack_stream if _is_one_stream(args) else pack_samples
-    packed = pack(batch, args.seq_length)
+    packed = pack_documents(batch, get_args())
     update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)
     return packed
-
-
-def _is_one_stream(args: Any) -> bool:
-    """Whether the samples of a micro-batch, with their documents, are one: Transformer Engine's."""
-    return args.dataloader_inter_document_masking and args.transformer_impl != "local"
 
 
 def train_valid_test_datasets_provider(
@@ -389,7 +382,7 @@ def main() -> None:
         at_once = args.eval_micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
         evaluated = args.eval_global_batch_size // at_once
         communicator = CarryP2PCommunicator(
-            groups.pp, model.transformer, evaluated, _is_one_stream(args)
+            groups.pp, model.transformer, evaluated, is_one_stream(args)
         )
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)

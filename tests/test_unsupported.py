@@ -44,7 +44,15 @@ REFUSED = [
 
 @pytest.mark.parametrize(("option", "value", "places"), REFUSED)
 def test_where_an_option_is_refused(option, value, places):
-    for place in (TRAINING, ARCHITECTURE, LOCAL_BACKEND, MEGATRONS_ATTENTION, SDPA, ONE_CPU, EXPORT):
+    for place in (
+        TRAINING,
+        ARCHITECTURE,
+        LOCAL_BACKEND,
+        MEGATRONS_ATTENTION,
+        SDPA,
+        ONE_CPU,
+        EXPORT,
+    ):
         options = Namespace(**{option: value})
         if place not in places:
             refuse_unsupported(options, place, architecture="resformer")

@@ -60,14 +60,34 @@ class PackedDocuments(PackedSeqParams):
         return self.bounds.gather(1, number)
 
 
-def pack_samples(batch: dict[str, Any], sequence: int) -> PackedDocuments:
-    """For the local backend's attention.
+def is_one_stream(args: Any) -> bool:
+    """Whether the samples of a micro-batch, with their documents, are one: Transformer Engine's."""
+    return args.dataloader_inter_document_masking and args.transformer_impl != "local"
+
+
+def pack_documents(batch: dict[str, Any], args: Any) -> PackedSeqParams:
+    """What the backend's attention needs.
 
     Args:
-        batch: "cu_seqlens" is [b, n], as Megatron's dataset makes it.
-        sequence: s.
+        batch: "cu_seqlens" is [b, n], as Megatron's dataset makes it; where it `is_one_stream`,
+            [1, n], by Megatron's flatten_batch_for_packed_sequences.
+        args: Megatron's.
     """
-    bounds = batch["cu_seqlens"]
+    if not is_one_stream(args):
+        return pack_samples(batch["cu_seqlens"], args.seq_length)
+    bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=args.seq_length,
+    )
+
+
+def pack_samples(bounds: Tensor, sequence: int) -> PackedDocuments:
+    """Documents within samples of that length; see PackedDocuments."""
     offsets = sequence * torch.arange(len(bounds), dtype=bounds.dtype, device=bounds.device)
     stream = (bounds + offsets.unsqueeze(1)).flatten()  # documents of no length in between
     # As rotary embeddings tell distances alone, their positions run on through the documents.
@@ -78,24 +98,6 @@ def pack_samples(batch: dict[str, Any], sequence: int) -> PackedDocuments:
         max_seqlen_q=sequence,
         max_seqlen_kv=sequence,
         bounds=bounds,
-    )
-
-
-def pack_stream(batch: dict[str, Any], sequence: int) -> PackedSeqParams:
-    """For Transformer Engine's attention.
-
-    Args:
-        batch: samples made one by Megatron's flatten_batch_for_packed_sequences.
-        sequence: s.
-    """
-    bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        tokens_per_sample=sequence,
     )
 
 

@@ -83,6 +83,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             if query.size(0) == key.size(0):
                 return self._attend_runs(query, key, value, packed_seq_params).flatten(2)
             assert packed_seq_params is self.cp_group is None, "one document, on one rank"
+            assert self.window is not None
             key, value = (t[-1 - self.window :] for t in (key, value))  # of a cache
         assert query.size(0) in (1, key.size(0)), "causal attention over a partial cache"
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, n, s, hn]

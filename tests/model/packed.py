@@ -1,5 +1,7 @@
 """What tests of packed documents and of context parallelism run on forked ranks."""
 
+from itertools import pairwise
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -45,17 +47,15 @@ def equals_documents_alone(ranks: int, options: dict) -> None:
     sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": ranks}
     model = build(options | sizes).eval()
     load(model, twin, exported)
-    ids = torch.randint(
-        VOCABULARY, (len(ENDS), LENGTH), generator=torch.Generator().manual_seed(3)
-    )
-    packed = pack_samples({"cu_seqlens": torch.tensor(ENDS, dtype=torch.int32)}, LENGTH)
+    ids = torch.randint(VOCABULARY, (len(ENDS), LENGTH), generator=torch.Generator().manual_seed(3))
+    packed = pack_samples(torch.tensor(ENDS, dtype=torch.int32), LENGTH)
     rows = rows_here(ranks)
     starts = packed.starts_at(torch.arange(LENGTH))
     positions = torch.arange(LENGTH) - starts
     with torch.no_grad():
         got = model(ids[:, rows], positions[:, rows], None, packed_seq_params=packed)
         for sample, ends in enumerate(ENDS):
-            alone = [ids[sample : sample + 1, a:b] for a, b in zip(ends, ends[1:], strict=False)]
+            alone = [ids[sample : sample + 1, a:b] for a, b in pairwise(ends)]
             logits = torch.cat([twin(part).logits[0] for part in alone if part.numel()])[rows]
             mixed = twin(ids[sample : sample + 1]).logits[0, rows]
             largest = logits.abs().max()

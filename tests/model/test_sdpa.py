@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-from megatron_satformer.model import sdpa, spans
+from megatron_satformer.model import flex, sdpa, spans
 from megatron_satformer.model.flex import BLOCK, attend_by_mask, build_mask
 from megatron_satformer.model.packing import chunks_of, pack_samples, reach_of
 from tests import models
@@ -28,7 +28,7 @@ WINDOWS = [None, 0, 5, 300, 2000]
 def documents_of(ends: list[list[int]]):
     longest = max(map(len, ends)) + 2
     bounds = [each + each[-1:] * (longest - len(each)) for each in ends]
-    return pack_samples({"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, ends[0][-1])
+    return pack_samples(torch.tensor(bounds, dtype=torch.int32), ends[0][-1])
 
 
 def read_by(ends: list[list[int]], window: int | None) -> torch.Tensor:
@@ -164,13 +164,25 @@ def listed(count: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(places).scatter(-1, numbers.long(), places)
 
 
-def test_a_gpu_is_asked_for_no_value():
+def test_a_gpu_is_asked_for_no_value(monkeypatch):
+    """From the bounds to the call of the kernel, on a device that is not there."""
+    called = []
+
+    def kernel(query, key, value, block_mask, scale, enable_gqa):
+        place = torch.arange(block_mask.shape[0], device=query.device)
+        assert block_mask.mask_mod(place, place, place, place).is_cuda
+        assert block_mask.kv_indices.is_cuda
+        assert enable_gqa
+        called.append(block_mask)
+        return query + 0
+
+    monkeypatch.setattr(flex, "compiled_flex", lambda: kernel)
     with FakeTensorMode():
+        query, key, value = inputs(device="cuda")
         bounds = torch.zeros(B, S + 1, dtype=torch.int32, device="cuda")
-        packed = pack_samples({"cu_seqlens": bounds}, S)
-        for documents in (None, packed):
-            reach = reach_of(chunks_of(S // 2, 2, 1), documents, 9, "cuda")
-            mask = build_mask(*reach, S)
-            assert mask.kv_indices.shape == (B if documents else 1, 1, -(-S // 2 // BLOCK), 5)
-            place = torch.arange(B, device="cuda")
-            assert mask.mask_mod(place, place, place, place).is_cuda
+        packed = pack_samples(bounds, S)
+        for layer in (attention_of(9), attention_of(9)):
+            out = layer(query, key, value, None, packed_seq_params=packed)
+            assert out.is_cuda
+            assert out.shape == (S, B, HEADS * HN)
+    assert called[0] is called[1], "the mask of a micro-batch is made once"

@@ -47,6 +47,7 @@ class Row:
         model: flags that the reference on one rank, and its checkpoint, get too.
         architectures: those it is run for.
         fast: for which of them in the default subset.
+        few: for which of them the slow tests run it; the parity table has all.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Row:
     model: str = ""
     architectures: tuple[str, ...] = EVERY
     fast: tuple[str, ...] = ()
+    few: tuple[str, ...] = CARRYING
 
 
 ROWS = (
@@ -169,19 +171,20 @@ ROWS = (
     Row("PP2, untied embeddings", 2, PP2, UNTIED),
     Row("TP2 x PP2 + SP, untied embeddings", 4, f"{TP2} {PP2} {SP}", UNTIED),
     Row("CP2", 2, CP2, fast=GATED),
-    Row("CP4", 4, CP4),
-    Row("CP2 x TP2 + SP", 4, f"{CP2} {TP2} {SP}"),
-    Row("CP2 x PP2", 4, f"{CP2} {PP2}"),
-    Row("CP2 x DP2, distributed optimizer", 4, f"{CP2} {OPTIMIZER}"),
-    Row("CP2, recompute full, uniform", 2, f"{CP2} {UNIFORM}"),
-    Row("CP2, loss not on all tokens", 2, CP2, "--eod-mask-loss"),
+    Row("CP4", 4, CP4, few=GATED),
+    Row("CP2 x TP2 + SP", 4, f"{CP2} {TP2} {SP}", few=NORMED),
+    Row("CP2 x PP2", 4, f"{CP2} {PP2}", few=STREAMED),
+    Row("CP2 x DP2, distributed optimizer", 4, f"{CP2} {OPTIMIZER}", few=GATED),
+    Row("CP2, recompute full, uniform", 2, f"{CP2} {UNIFORM}", few=GATED),
+    Row("CP2, loss not on all tokens", 2, CP2, "--eod-mask-loss", few=GATED),
     Row(
         "CP2 x TP2 x PP2 + SP, documents, window",
         8,
         f"{CP2} {TP2} {PP2} {SP}",
         f"{DOCUMENTS} {WINDOW}",
+        few=GATED,
     ),
-    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS),
+    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS, few=DILATED),
     Row("DP2, loss per token", 2, "", PER_TOKEN),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.layouts import CARRYING, OPTIMIZER, PP2, ROWS, SP, TP2, Row
+from tests.parallel.layouts import OPTIMIZER, PP2, ROWS, SP, TP2, Row
 from tests.small import RTOL
 
 BF16_RTOL = 2e-2  # gradients are accumulated in fp32
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc):
         )
         for row in ROWS
         for architecture in row.architectures
-        if whole or architecture in row.fast or architecture in CARRYING
+        if whole or architecture in row.fast or architecture in row.few
     ]
     metafunc.parametrize(("row", "architecture"), cells)
 

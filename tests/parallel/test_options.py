@@ -43,3 +43,17 @@ def test_what_saves_memory_changes_nothing(started, pretrain, ranks, flags):
     run = pretrain(ranks, *common, *flags.split())
     assert run.losses == pytest.approx(one.losses, rel=RTOL)
     assert run.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+
+
+@pytest.mark.slow
+def test_resetting_the_mask_keeps_packed_documents_apart(started, pretrain):
+    """By their bounds, which is what Megatron's own attention does by a mask; so does a window."""
+    flags, one = started("satformer", "--reset-attention-mask --window-size 8,0")
+    own = pretrain(1, *flags, "--attention-backend", "local")
+    assert own.losses == pytest.approx(one.losses, rel=RTOL)
+    assert own.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+    bounds = [flag for flag in flags if flag != "--reset-attention-mask"]
+    apart = pretrain(1, *bounds, "--dataloader-inter-document-masking")
+    assert apart.losses == one.losses
+    mixed = pretrain(1, *bounds)
+    assert mixed.losses[0] != pytest.approx(one.losses[0], rel=10 * RTOL)
