@@ -141,9 +141,15 @@ def _check_attention(preview: Namespace, backend: str) -> None:
                 "document. Use --transformer-impl local."
             )
         return
-    if str(preview.attention_backend) == "AttnBackend.local":
-        return
     size = preview.window_size
+    if str(preview.attention_backend) == "AttnBackend.local":
+        if size and preview.reset_attention_mask:
+            raise ValueError(
+                f"window_size ({size}) must not come with --reset-attention-mask and "
+                "--attention-backend local: Megatron's own attention would see past the ends of "
+                "documents. Leave --attention-backend out."
+            )
+        return
     if size is not None and (len(size) != 2 or size[0] < -1 or size[1] not in (-1, 0)):
         raise ValueError(
             f"window_size ({size}) must be N,0, for N tokens before a token's own (-1: all): "
@@ -161,6 +167,12 @@ def _check_attention(preview: Namespace, backend: str) -> None:
                 f"({value}): the local backend's attention drops nothing there. Leave it out, or "
                 "use --transformer-impl transformer_engine."
             )
+    if cp > 1 and preview.num_experts:
+        raise NotImplementedError(
+            f"context_parallel_size ({cp}) is not supported with num_experts "
+            f"({preview.num_experts}) on the local backend: it has not trained like one rank. "
+            "Leave one of them out, or use --transformer-impl transformer_engine."
+        )
     kinds = set(preview.cp_comm_type or ()) - {"p2p", "allgather"}
     if cp > 1 and kinds:
         raise ValueError(

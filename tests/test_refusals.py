@@ -35,8 +35,10 @@ BAD_FLAGS = {
     f"{PACKED} --attention-dropout 0.1": "must be 0 with dataloader_inter_document_masking (True)",
     "--reset-attention-mask --attention-dropout 0.1": "must be 0 with reset_attention_mask (True)",
     "--window-size 8,0 --attention-dropout 0.1": "must be 0 with window_size ((8, 0))",
+    "--window-size 8,0 --reset-attention-mask --attention-backend local": "must not come with --re",
     "--window-size 8,8": "window_size ((8, 8)) must be N,0",
     "--context-parallel-size 3": "seq_length (64) must be a multiple of 6, twice context_parallel",
+    f"{MOE} {CP}": "context_parallel_size (2) is not supported with num_experts (4)",
     f"{CP} --cp-comm-type a2a": "cp_comm_type (a2a) must be allgather",
     f"{MOE} --moe-token-dispatcher-type flex": "moe_token_dispatcher_type (flex) needs a GPU",
 }
