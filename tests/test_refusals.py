@@ -1,10 +1,12 @@
 """Bad input: one clear line from rank 0, exit code 2, before process groups and data."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from megatron_satformer import refusals
 from tests.small import PP2, SHAPE, TP2
 
 CP, PACKED = "--context-parallel-size 2", "--dataloader-inter-document-masking"
@@ -122,6 +124,27 @@ def test_the_plain_transformer_is_refused_them_too(pretrain, data_flags, flags):
     flags = [*flags.split(), "--architecture", "transformer"]
     run = pretrain(1, *SHAPE, "--train-iters", 1, *data_flags, *flags, code=2)
     assert "is not supported: " in run.output
+
+
+@pytest.mark.parametrize("option", ["dataloader_inter_document_masking", "reset_attention_mask"])
+def test_packing_and_context_parallelism_at_once_under_transformer_engine(option):
+    """Refused together, and only there."""
+    options = {
+        "context_parallel_size": 2,
+        "seq_length": 64,
+        "dataloader_inter_document_masking": False,
+        "reset_attention_mask": False,
+        "attention_backend": "AttnBackend.auto",
+        "attention_dropout": 0.0,
+        "window_size": None,
+        "num_experts": None,
+        "cp_comm_type": ["p2p"],
+    }
+    both = Namespace(**options | {option: True})
+    refusals._check_attention(both, "local")
+    refusals._check_attention(Namespace(**options), "transformer_engine")
+    with pytest.raises(NotImplementedError, match=rf"^{option} \(True\) is not .*size \(2\) by T"):
+        refusals._check_attention(both, "transformer_engine")
 
 
 def test_too_few_groups_for_tensor_parallelism(pretrain, data_flags):
