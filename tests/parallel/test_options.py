@@ -47,16 +47,19 @@ def test_what_saves_memory_changes_nothing(started, pretrain, ranks, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--reset-attention-mask", "--window-size 8,0"])
+@pytest.mark.parametrize(
+    "option", ["--reset-attention-mask --reset-position-ids", "--window-size 8,0"]
+)
 def test_what_is_read_is_what_megatrons_own_mask_lets_through(started, pretrain, option):
-    # Bounds and mask agree to the bit; Adam would make steps of the kernels' rounding.
-    flags, one = started("satformer", f"{option} {LONG} --optimizer sgd")
+    # Learned positions tell where a document begins. Adam would make steps of rounding.
+    model = f"{LONG} --optimizer sgd --position-embedding-type learned_absolute"
+    flags, one = started("satformer", f"{option} {model}")
     own = pretrain(1, *flags, "--attention-backend", "local")
     assert own.losses == pytest.approx(one.losses, rel=RTOL)
     assert own.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
     without = [flag for flag in flags if flag not in option.split()]
     everything = pretrain(1, *without)
     assert everything.losses != pytest.approx(one.losses, rel=10 * RTOL)
-    if option == "--reset-attention-mask":
+    if "--reset-attention-mask" in flags:
         apart = pretrain(1, *without, "--dataloader-inter-document-masking")
         assert apart.losses == one.losses
