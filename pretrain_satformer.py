@@ -72,6 +72,7 @@ from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
+from megatron_satformer.model.packing import is_one_stream, pack_documents
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
@@ -93,7 +94,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     Returns:
         tokens, labels, loss_mask, position_ids, each [b, s/cp]; attention_mask [b, 1, s, s] or
         None; cu_seqlens, cu_seqlens_padded, max_seqlen of packed documents or None. A stage that
-        needs none of it gets None throughout.
+        needs none of it gets None throughout. Transformer Engine packs a micro-batch into one
+        sample, b = 1.
     """
     args = get_args()
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
@@ -124,7 +126,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    batch = flatten_batch_for_packed_sequences(batch)
+    if is_one_stream(args):
+        batch = flatten_batch_for_packed_sequences(batch)
     if is_first_or_last_pipeline_stage(vp_stage):
         batch = get_batch_on_this_cp_rank(
             batch,
@@ -170,6 +173,12 @@ def loss_func(
             fatal=False,
         )
     logged = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        # The schedules (0.19.2) divide by this rank's tokens and take the mean over ranks: where a
+        # loss mask leaves them unequal, a token must weigh as in the whole sample.
+        everywhere = num_tokens.float()
+        torch.distributed.all_reduce(everywhere, group=mpu.get_context_parallel_group())
+        loss = loss * (args.context_parallel_size * num_tokens / everywhere.clamp(min=1))
     return loss, num_tokens, {"lm loss": logged}
 
 
@@ -199,25 +208,12 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
 
 
 def _packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
-    """What Transformer Engine's attention needs to keep packed documents apart."""
+    """What attention needs to keep packed documents apart."""
     if batch["cu_seqlens"] is None:
         return None
-    real = batch["cu_seqlens"].squeeze(0)  # [documents + 1]
-    padded = batch["cu_seqlens_padded"]
-    padded = None if padded is None else padded.squeeze(0)
-    update_seqlen_stats_from_cu_seqlens(real)
-    bounds = real if padded is None else padded
-    longest = int(batch["max_seqlen"].item())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        tokens_per_sample=get_args().seq_length,
-    )
+    packed = pack_documents(batch, get_args())
+    update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)
+    return packed
 
 
 def train_valid_test_datasets_provider(
@@ -417,7 +413,9 @@ def main() -> None:
         # As Megatron's evaluate (0.19.2) counts its micro-batches.
         at_once = args.eval_micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
         evaluated = args.eval_global_batch_size // at_once
-        communicator = CarryP2PCommunicator(groups.pp, model.transformer, evaluated)
+        communicator = CarryP2PCommunicator(
+            groups.pp, model.transformer, evaluated, is_one_stream(args)
+        )
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
     kind = ModelType.encoder_or_decoder

@@ -203,10 +203,12 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
     if preview.transformer_impl is None:
         engine = cuda and has_transformer_engine()
         defaults["transformer_impl"] = "transformer_engine" if engine else "local"
-    if preview.reset_attention_mask:
-        defaults["create_attention_mask_in_dataloader"] = True
     if str(preview.attention_backend) == "AttnBackend.local":
+        if preview.reset_attention_mask:
+            defaults["create_attention_mask_in_dataloader"] = True
         defaults["spec"] = ["local"]  # Megatron asks for it; taken back by finish_arguments
+    elif preview.reset_attention_mask:
+        defaults["dataloader_inter_document_masking"] = True  # no other attention reads a mask
     if (defaults.get("transformer_impl") or preview.transformer_impl) == "local":
         # Fused kernels of Transformer Engine and apex that the local backend does not have.
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}

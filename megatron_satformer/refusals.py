@@ -17,6 +17,7 @@ from megatron_satformer.model.architectures import all_architectures, find_archi
 from megatron_satformer.unsupported import (
     ARCHITECTURE,
     LOCAL_BACKEND,
+    MEGATRONS_ATTENTION,
     TRAINING,
     Table,
     refuse_unsupported,
@@ -26,7 +27,7 @@ TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 NOT_GIVEN = (None, False)
 # What only Transformer Engine computes, named by its flag: -> attribute, where that differs.
 _SAME_NAME = """
-    dataloader_inter_document_masking te_precision_config_file te_rng_tracker tp_comm_overlap
+    hierarchical_context_parallel_sizes te_precision_config_file te_rng_tracker tp_comm_overlap
     delay_wgrad_compute log_max_attention_logit qk_clip fine_grained_activation_offloading
     cpu_offloading_num_layers fp32_residual_connection fused_residual_rmsnorm
     use_te_activation_func use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp
@@ -83,6 +84,7 @@ def check_model(args: Namespace, cuda: bool) -> None:
     refuse_unsupported(args, TRAINING)
     backend = _backend(args, cuda)
     _check_engine(args, cuda, backend)
+    _check_attention(args, backend)
     _check_experts(args, cuda, backend)
     _check_muon(args)
 
@@ -118,8 +120,74 @@ def _check_engine(preview: Namespace, cuda: bool, chosen: str) -> None:
                 f"{option} ({value}) must come with --transformer-impl transformer_engine, not "
                 f"({chosen})."
             )
-    if chosen == "local" and str(preview.attention_backend) != "AttnBackend.local":
-        refuse_unsupported(preview, LOCAL_BACKEND)
+    if chosen == "local":
+        own = str(preview.attention_backend) == "AttnBackend.local"
+        refuse_unsupported(preview, MEGATRONS_ATTENTION if own else LOCAL_BACKEND)
+
+
+def _check_attention(preview: Namespace, backend: str) -> None:
+    """Context parallelism, packed documents and windows, each and together."""
+    cp = preview.context_parallel_size
+    if preview.seq_length and cp > 1 and preview.seq_length % (2 * cp):
+        raise ValueError(
+            f"seq_length ({preview.seq_length}) must be a multiple of {2 * cp}, twice "
+            f"context_parallel_size ({cp}): every rank holds two chunks. Change one of them."
+        )
+    packs = _packs_documents(preview)
+    if backend != "local":
+        if packs and cp > 1:
+            raise NotImplementedError(
+                f"{packs} (True) is not supported with context_parallel_size ({cp}) by Transformer "
+                "Engine: Megatron 0.19.2 cuts the sample over ranks, and Transformer Engine every "
+                "document. Use --transformer-impl local."
+            )
+        return
+    size = preview.window_size
+    if str(preview.attention_backend) == "AttnBackend.local":
+        if size and preview.reset_attention_mask:
+            raise ValueError(
+                f"window_size ({size}) must not come with --reset-attention-mask and "
+                "--attention-backend local: Megatron's own attention would see past the ends of "
+                "documents. Leave --attention-backend out."
+            )
+        return
+    if size is not None and (len(size) != 2 or size[0] < -1 or size[1] not in (-1, 0)):
+        raise ValueError(
+            f"window_size ({size}) must be N,0, for N tokens before a token's own (-1: all): "
+            "attention is causal. Use --window-size N,0."
+        )
+    wanted = {
+        "context_parallel_size": cp > 1 and cp,
+        "window_size": size,
+        packs or "reset_attention_mask": packs and True,
+    }
+    for option, value in wanted.items():
+        if value not in NOT_GIVEN and preview.attention_dropout:
+            raise ValueError(
+                f"attention_dropout ({preview.attention_dropout}) must be 0 with {option} "
+                f"({value}): the local backend's attention drops nothing there. Leave it out, or "
+                "use --transformer-impl transformer_engine."
+            )
+    if cp > 1 and preview.num_experts:
+        raise NotImplementedError(
+            f"context_parallel_size ({cp}) is not supported with num_experts "
+            f"({preview.num_experts}) on the local backend: it has not trained like one rank. "
+            "Leave one of them out, or use --transformer-impl transformer_engine."
+        )
+    kinds = set(preview.cp_comm_type or ()) - {"p2p", "allgather"}
+    if cp > 1 and kinds:
+        raise ValueError(
+            f"cp_comm_type ({' '.join(preview.cp_comm_type)}) must be allgather without "
+            "Transformer Engine, which knows no other way. Leave it out."
+        )
+
+
+def _packs_documents(preview: Namespace) -> str | None:
+    """The option that keeps documents apart by their bounds."""
+    own_mask = str(preview.attention_backend) == "AttnBackend.local"
+    if preview.dataloader_inter_document_masking:
+        return "dataloader_inter_document_masking"
+    return "reset_attention_mask" if preview.reset_attention_mask and not own_mask else None
 
 
 def _backend(preview: Namespace, cuda: bool) -> str:
@@ -132,8 +200,6 @@ def _wants_engine(preview: Namespace) -> dict[str, Any]:
     wanted = {option: value for option, value in wanted.items() if value not in NOT_GIVEN}
     if preview.transformer_impl == "transformer_engine":
         wanted["transformer_impl"] = preview.transformer_impl
-    if preview.context_parallel_size > 1:
-        wanted["context_parallel_size"] = preview.context_parallel_size
     if {"layernorm", "moe_act"} & set(preview.recompute_modules or []):
         # Megatron's recomputed norm asks TE about fp8; moe_act wants grouped GEMMs.
         wanted["recompute_modules"] = " ".join(preview.recompute_modules)

@@ -47,6 +47,10 @@ SDPA = Place(
     "is not supported by the local backend's scaled_dot_product_attention. Use "
     "--attention-backend local.",
 )
+MEGATRONS_ATTENTION = Place(
+    ValueError,
+    "must not come with --attention-backend local: Megatron's own attention {why}. Leave that out.",
+)
 ONE_CPU = Place(
     NotImplementedError,
     "is not supported where a checkpoint's Megatron model is run on one CPU process: {why}. "
@@ -97,9 +101,13 @@ UNSUPPORTED: Table = {
             "it replaces the attention that is built on",
         ),
     ),
-    (LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT): (
-        Row("window_size", _MASK, (None,)),
-        Row("softmax_type", _MASK, ("vanilla",)),
+    (LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT): (Row("softmax_type", _MASK, ("vanilla",)),),
+    (MEGATRONS_ATTENTION,): (
+        Row("context_parallel_size", "has no context parallelism", (1,)),
+        Row(
+            "dataloader_inter_document_masking",
+            "keeps documents apart with --reset-attention-mask alone",
+        ),
     ),
     (LOCAL_BACKEND, SDPA, ONE_CPU): (Row("apply_query_key_layer_scaling", _MASK, (False,)),),
     (ONE_CPU, EXPORT): (
@@ -116,6 +124,7 @@ UNSUPPORTED: Table = {
         Row("rotary_interleaved use_rope_scaling", allowed=(False,)),
         Row("rotary_percent rotary_scaling_factor", allowed=(1.0,)),
         Row("rotary_seq_len_interpolation_factor no_rope_freq num_experts", allowed=(None,)),
+        Row("window_size", allowed=(None,)),
         Row("rope_type", allowed=(None, "rope")),
         Row("activation_func_clamp_value", allowed=(None,)),
         Row("glu_linear_offset", allowed=(0.0,)),

@@ -1,12 +1,15 @@
 """Bad input: one clear line from rank 0, exit code 2, before process groups and data."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from megatron_satformer import refusals
 from tests.small import PP2, SHAPE, TP2
 
+CP, PACKED = "--context-parallel-size 2", "--dataloader-inter-document-masking"
 MOE = "--num-experts 4 --moe-router-topk 2"
 NO_ENGINE = "needs Transformer Engine, which is not installed. Install it (pip install"
 BAD_FLAGS = {
@@ -28,6 +31,17 @@ BAD_FLAGS = {
     f"{MOE} {TP2}": "sequence_parallel (False) must be on for num_experts (4) with tensor_model_",
     f"{MOE} --add-bias-linear": "add_bias_linear (True) must be off for num_experts (4)",
     f"{MOE} --add-bias-linear --moe-shared-expert-intermediate-size 32": "shared experts have no",
+    f"{CP} --attention-backend local": "context_parallel_size (2) must not come with",
+    f"{PACKED} --attention-backend local": "document_masking (True) must not come with",
+    f"{CP} --attention-dropout 0.1": "must be 0 with context_parallel_size (2)",
+    f"{PACKED} --attention-dropout 0.1": "must be 0 with dataloader_inter_document_masking (True)",
+    "--reset-attention-mask --attention-dropout 0.1": "must be 0 with reset_attention_mask (True)",
+    "--window-size 8,0 --attention-dropout 0.1": "must be 0 with window_size ((8, 0))",
+    "--window-size 8,0 --reset-attention-mask --attention-backend local": "must not come with --re",
+    "--window-size 8,8": "window_size ((8, 8)) must be N,0",
+    "--context-parallel-size 3": "seq_length (64) must be a multiple of 6, twice context_parallel",
+    f"{MOE} {CP}": "context_parallel_size (2) is not supported with num_experts (4)",
+    f"{CP} --cp-comm-type a2a": "cp_comm_type (a2a) must be allgather",
     f"{MOE} --moe-token-dispatcher-type flex": "moe_token_dispatcher_type (flex) needs a GPU",
 }
 # Refused with every architecture, and with those that carry V1.
@@ -61,12 +75,11 @@ NOT_WITH_V1 = {
 }
 # What Megatron would drop without a word, or fail at in the middle of a run.
 ENGINE_ONLY = {
-    "--context-parallel-size 2": "context_parallel_size (2)",
+    "--hierarchical-context-parallel-sizes 2": "hierarchical_context_parallel_sizes ([2])",
     "--transformer-impl transformer_engine": "transformer_impl (transformer_engine)",
     "--fp8-format hybrid": "fp8_format (hybrid)",
     "--fp8-format e4m3": "fp8_format (e4m3)",
     "--fp4-format e2m1": "fp4_format (e2m1)",
-    "--dataloader-inter-document-masking": "dataloader_inter_document_masking (True)",
     "--recompute-modules layernorm": "recompute_modules (layernorm)",
     "--recompute-modules mlp moe_act": "recompute_modules (mlp moe_act)",
     "--apply-layernorm-1p": "apply_layernorm_1p (True)",
@@ -79,7 +92,6 @@ ENGINE_ONLY = {
     f"{MOE} --moe-latent-size 32": "moe_latent_size (32)",
 }
 SDPA_LACKS = {
-    "--window-size 8,0": "window_size ((8, 0))",
     "--softmax-type learnable": "softmax_type (learnable)",
     "--apply-query-key-layer-scaling": "apply_query_key_layer_scaling (True)",
 }
@@ -112,6 +124,27 @@ def test_the_plain_transformer_is_refused_them_too(pretrain, data_flags, flags):
     flags = [*flags.split(), "--architecture", "transformer"]
     run = pretrain(1, *SHAPE, "--train-iters", 1, *data_flags, *flags, code=2)
     assert "is not supported: " in run.output
+
+
+@pytest.mark.parametrize("option", ["dataloader_inter_document_masking", "reset_attention_mask"])
+def test_packing_and_context_parallelism_at_once_under_transformer_engine(option):
+    """Refused together, and only there."""
+    options = {
+        "context_parallel_size": 2,
+        "seq_length": 64,
+        "dataloader_inter_document_masking": False,
+        "reset_attention_mask": False,
+        "attention_backend": "AttnBackend.auto",
+        "attention_dropout": 0.0,
+        "window_size": None,
+        "num_experts": None,
+        "cp_comm_type": ["p2p"],
+    }
+    both = Namespace(**options | {option: True})
+    refusals._check_attention(both, "local")
+    refusals._check_attention(Namespace(**options), "transformer_engine")
+    with pytest.raises(NotImplementedError, match=rf"^{option} \(True\) is not .*size \(2\) by T"):
+        refusals._check_attention(both, "transformer_engine")
 
 
 def test_too_few_groups_for_tensor_parallelism(pretrain, data_flags):

@@ -9,6 +9,7 @@ from megatron_satformer.unsupported import (
     ARCHITECTURE,
     EXPORT,
     LOCAL_BACKEND,
+    MEGATRONS_ATTENTION,
     ONE_CPU,
     SDPA,
     TRAINING,
@@ -28,7 +29,9 @@ REFUSED = [
     ("is_hybrid_model", True, EVERYWHERE),
     ("sft", True, {TRAINING}),
     ("apply_residual_connection_post_layernorm", True, {TRAINING, EXPORT}),
-    ("window_size", (8, 0), ATTENTION | {EXPORT}),
+    ("window_size", (8, 0), {EXPORT}),
+    ("context_parallel_size", 2, {MEGATRONS_ATTENTION}),
+    ("dataloader_inter_document_masking", True, {MEGATRONS_ATTENTION}),
     ("softmax_type", "learnable", ATTENTION | {EXPORT}),
     ("apply_query_key_layer_scaling", True, ATTENTION),
     ("apply_layernorm_1p", True, {ONE_CPU, EXPORT}),
@@ -41,7 +44,15 @@ REFUSED = [
 
 @pytest.mark.parametrize(("option", "value", "places"), REFUSED)
 def test_where_an_option_is_refused(option, value, places):
-    for place in (TRAINING, ARCHITECTURE, LOCAL_BACKEND, SDPA, ONE_CPU, EXPORT):
+    for place in (
+        TRAINING,
+        ARCHITECTURE,
+        LOCAL_BACKEND,
+        MEGATRONS_ATTENTION,
+        SDPA,
+        ONE_CPU,
+        EXPORT,
+    ):
         options = Namespace(**{option: value})
         if place not in places:
             refuse_unsupported(options, place, architecture="resformer")

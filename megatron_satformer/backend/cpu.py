@@ -199,11 +199,14 @@ def _patch_megatron() -> None:
     import torch.utils.data
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import training
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
         # MoEAlltoAllTokenDispatcher sends in splits of numpy, which it makes of CUDA tensors only.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    # update_seqlen_stats_from_cu_seqlens would put it on device "cuda:cpu" (packed documents).
+    training._seqlen_stats_in_iteration = torch.zeros(2, dtype=torch.float64)
     PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
     # The RNG tracker warns when random numbers move the CPU's generator: here there is no other.

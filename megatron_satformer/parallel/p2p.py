@@ -36,10 +36,19 @@ class CarryP2PCommunicator(P2PCommunicator):
         config: the model.
         evaluated: micro-batches of an evaluation. The interleaved schedule runs through its chunks
             in groups of micro-batches, of which the last may be smaller: their number counts.
+        one_stream: whether a micro-batch is one sample made of all of its samples: packed documents
+            under Transformer Engine. The schedules (0.19.2) do not know.
     """
 
-    def __init__(self, pp_group: ProcessGroup, config: DecoderConfig, evaluated: int) -> None:
+    def __init__(
+        self,
+        pp_group: ProcessGroup,
+        config: DecoderConfig,
+        evaluated: int,
+        one_stream: bool = False,
+    ) -> None:
         super().__init__(pp_group, config)
+        self.one_stream = one_stream
         self.config = _ShapesAreOurs(config)
         self.evaluated = evaluated
         chunks = chunk_layers(config)[pp_group.rank() :: pp_group.size()]
@@ -78,6 +87,9 @@ class CarryP2PCommunicator(P2PCommunicator):
     # P2PCommunicator._communicate, 0.19.2: every schedule's send and receive ends here. It gives
     # both directions one shape, unless it asks _communicate_shapes.
     def _communicate(self, *, tensor_shape: Any, **kwargs: Any) -> Any:
+        if self.one_stream and tensor_shape is not None:
+            rows, batch, width = tensor_shape
+            tensor_shape = (rows * batch, 1, width)
         self._shape = tensor_shape
         return super()._communicate(tensor_shape=tensor_shape, **kwargs)
 

@@ -39,6 +39,10 @@ def test_megatron_still_sorts_by_cuda_type_names():
     assert "torch.cuda.BFloat16Tensor" in TEXT
 
 
+def test_megatron_still_counts_packed_tokens_on_a_device_of_its_own():
+    assert "torch.device(f'cuda:{torch.cuda.current_device()}')" in TEXT
+
+
 def test_every_patch_says_who_needs_it():
     source = Path(cpu.__file__).read_text()
     body = source[source.index("replacements:") : source.index("for name, value")]

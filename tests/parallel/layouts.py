@@ -13,6 +13,9 @@ VIRTUAL = "--num-layers-per-virtual-pipeline-stage 1"
 OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-num-layers"
 UNIFORM, BLOCK = f"{FULL} 2 --recompute-method uniform", f"{FULL} 1 --recompute-method block"
+CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
+LONG = "--seq-length 256 --max-position-embeddings 256"  # most samples hold several documents
+DOCUMENTS, WINDOW = f"--dataloader-inter-document-masking {LONG}", "--window-size 24,0"
 SELECTIVE = "--recompute-granularity selective"
 GROUPS_OF_3 = "--microbatch-group-size-per-virtual-pipeline-stage 3"
 LAYOUT = "--pipeline-model-parallel-layout"
@@ -46,6 +49,7 @@ class Row:
         model: flags that the reference on one rank, and its checkpoint, get too.
         architectures: those it is run for.
         fast: for which of them in the default subset.
+        few: for which of them the slow tests run it; the parity table has all.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Row:
     model: str = ""
     architectures: tuple[str, ...] = EVERY
     fast: tuple[str, ...] = ()
+    few: tuple[str, ...] = CARRYING
 
 
 ROWS = (
@@ -167,6 +172,21 @@ ROWS = (
     Row("TP2 x PP2 + SP, 2 KV heads", 4, f"{TP2} {PP2} {SP}", GQA2, fast=GATED),
     Row("PP2, untied embeddings", 2, PP2, UNTIED),
     Row("TP2 x PP2 + SP, untied embeddings", 4, f"{TP2} {PP2} {SP}", UNTIED),
+    Row("CP2", 2, CP2, fast=GATED, few=WITH_HEADS + NORMED + STREAMED),
+    Row("CP4", 4, CP4, few=GATED),
+    Row("CP2 x TP2 + SP", 4, f"{CP2} {TP2} {SP}", few=NORMED),
+    Row("CP2 x PP2", 4, f"{CP2} {PP2}", few=STREAMED),
+    Row("CP2 x DP2, distributed optimizer", 4, f"{CP2} {OPTIMIZER}", few=GATED),
+    Row("CP2, recompute full, uniform", 2, f"{CP2} {UNIFORM}", few=()),
+    Row("CP2, loss not on all tokens", 2, CP2, "--eod-mask-loss", few=GATED),
+    Row(
+        "CP2 x TP2 x PP2 + SP, documents, window",
+        8,
+        f"{CP2} {TP2} {PP2} {SP}",
+        f"{DOCUMENTS} {WINDOW}",
+        few=GATED,
+    ),
+    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS, few=DILATED),
     Row("DP2, loss per token", 2, "", PER_TOKEN),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )

@@ -10,16 +10,17 @@ from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from tests.parallel.test_carry import build_config
 
 
-def sends_and_receives(options: dict) -> None:
+def sends_and_receives(options: dict, one_stream: bool = False) -> None:
     """What one stage packs is what the next receives; the gradient returns as wide."""
     choose_device("cpu")
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     config = build_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **options)
     (width,) = boundary_widths(config)
-    packed = torch.arange(5.0 * 3 * width).view(5, 3, width)
+    rows = (15, 1) if one_stream else (5, 3)
+    packed = torch.arange(5.0 * 3 * width).view(*rows, width)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    communicator = CarryP2PCommunicator(groups.pp, config, 1)
+    communicator = CarryP2PCommunicator(groups.pp, config, 1, one_stream)
     shape = (5, 3, 24)  # what Megatron's schedules ask for
     if groups.pp.rank() == 0:
         communicator.send_forward(packed, is_last_stage=False)

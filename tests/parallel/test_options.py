@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.parallel.layouts import LONG
 from tests.small import PP2, RTOL, SP, TP2
 
 GQA = "--group-query-attention --num-query-groups 2"
@@ -43,3 +44,22 @@ def test_what_saves_memory_changes_nothing(started, pretrain, ranks, flags):
     run = pretrain(ranks, *common, *flags.split())
     assert run.losses == pytest.approx(one.losses, rel=RTOL)
     assert run.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "option", ["--reset-attention-mask --reset-position-ids", "--window-size 8,0"]
+)
+def test_what_is_read_is_what_megatrons_own_mask_lets_through(started, pretrain, option):
+    # Learned positions tell where a document begins. Adam would make steps of rounding.
+    model = f"{LONG} --optimizer sgd --position-embedding-type learned_absolute"
+    flags, one = started("satformer", f"{option} {model}")
+    own = pretrain(1, *flags, "--attention-backend", "local")
+    assert own.losses == pytest.approx(one.losses, rel=RTOL)
+    assert own.grad_norms == pytest.approx(one.grad_norms, rel=RTOL)
+    without = [flag for flag in flags if flag not in option.split()]
+    everything = pretrain(1, *without)
+    assert everything.losses != pytest.approx(one.losses, rel=10 * RTOL)
+    if "--reset-attention-mask" in flags:
+        apart = pretrain(1, *without, "--dataloader-inter-document-masking")
+        assert apart.losses == one.losses

@@ -10,6 +10,11 @@ def test_receive_buffers_are_as_wide_as_what_is_sent(on_ranks, architecture):
     on_ranks(2, "tests.parallel.ranks:sends_and_receives", {"architecture": architecture})
 
 
+def test_samples_that_were_made_one_are_received_as_one(on_ranks):
+    """Packed documents under Transformer Engine: [s b, 1, w], where the schedule says [s, b, h]."""
+    on_ranks(2, "tests.parallel.ranks:sends_and_receives", {"architecture": "meanformer"}, True)
+
+
 @pytest.mark.parametrize(
     ("microbatches", "groups"), [(2, [2]), (4, [2, 2]), (8, [3, 3, 2])], ids=str
 )
