@@ -43,6 +43,8 @@ LOGGING_ARGS=(
     --tensorboard-dir "$TENSORBOARD_LOGS_PATH"
     --save "$CHECKPOINT_PATH"
     --load "$CHECKPOINT_PATH"
+    # A job that was killed in its first save begins again when it is requeued.
+    --allow-fresh-start
     --ckpt-format torch_dist
     # Without it the optimizer in a checkpoint cannot be loaded at another TP or PP.
     --dist-ckpt-optim-fully-reshardable
