@@ -154,7 +154,7 @@ GOES_ON = [
 ]
 
 
-@pytest.mark.parametrize(("length", "given", "end", "rate"), GOES_ON, ids=str)
+@pytest.mark.parametrize(("length", "given", "end", "rate"), GOES_ON)
 def test_the_end_and_the_learning_rates_are_those_asked_for(
     stopped, pretrain, length, given, end, rate
 ):
