@@ -67,8 +67,8 @@ def test_resumes(pretrain, data_flags, tmp_path, ranks, then, layout, rtol):
         ("--optimizer soap", "optimizer (soap) is not supported"),
     ],
 )
-def test_what_does_not_work_is_refused(pretrain, flags, message):
-    run = pretrain(1, *SHAPE, "--mock-data", "--train-iters", 1, *flags.split(), code=2)
+def test_what_does_not_work_is_refused(pretrain, data_flags, flags, message):
+    run = pretrain(1, *SHAPE, *data_flags, "--train-iters", 1, *flags.split(), code=2)
     assert message in run.output
 
 
