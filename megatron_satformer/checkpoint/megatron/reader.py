@@ -64,7 +64,11 @@ class MegatronCheckpoint:
     @property
     def has_optimizer(self) -> bool:
         """Whether the optimizer's state was saved."""
-        return any(key.startswith("optimizer.") for key in self.metadata.state_dict_metadata)
+        # Of several, as with experts or Muon, each has a number: chained_0.optimizer.
+        return any(
+            re.match(r"(chained_\d+\.)?optimizer\.", key)
+            for key in self.metadata.state_dict_metadata
+        )
 
     def read(self, key: str, index: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Reads one tensor.
