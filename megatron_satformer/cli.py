@@ -149,9 +149,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 def _refuse(error: Exception) -> NoReturn:
     told = " ".join(str(error).split()) or _failed_line(error)
     if _rank():
-        # torchrun ends every rank as soon as one has failed: if this one is still there after the
-        # wait, rank 0 has not met the error.
-        time.sleep(_SPEAKER_HEAD_START)
+        _await_rank_0()
     _leave_for_torchrun(f"error: {told}")
     if _is_first_to_speak():
         met = f" (met by rank {_rank()})" if _rank() else ""
@@ -170,21 +168,40 @@ def _leave_for_torchrun(told: str) -> None:
         json.dump(content, stream)
 
 
+def _await_rank_0() -> None:
+    """Returns when a rank has told its error, or when rank 0 must have met it by now.
+
+    Where another machine holds rank 0, torchrun ends this rank first.
+    """
+    deadline = time.monotonic() + _SPEAKER_HEAD_START
+    while time.monotonic() < deadline and not _has_been_told():
+        time.sleep(0.05)
+
+
+def _has_been_told() -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - os.stat(_told_file()).st_mtime < _SAME_LAUNCH
+    return False
+
+
 def _is_first_to_speak() -> bool:
     """Whether no other rank of this launch on this machine has told its error; rank 0 always is."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    launch = f"satformer-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
-    told = os.path.join(tempfile.gettempdir(), f"{launch}.told")
     try:
-        os.close(os.open(told, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(_told_file(), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        if time.time() - os.stat(told).st_mtime < _SAME_LAUNCH:
+        if _has_been_told():
             return _rank() == 0
-        os.utime(told)
+        os.utime(_told_file())
     except OSError:  # a second line is better than none
         pass
     return True
+
+
+def _told_file() -> str:
+    launch = f"satformer-{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+    return os.path.join(tempfile.gettempdir(), f"{launch}.told")
 
 
 def _failed_line(error: Exception) -> str:
