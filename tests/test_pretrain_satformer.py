@@ -58,7 +58,13 @@ EXPRESSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("flags", EXPRESSIBLE)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f if f in EXPRESSIBLE[3:10:2] else pytest.param(f, marks=pytest.mark.slow)
+        for f in EXPRESSIBLE
+    ],
+)
 def test_megatrons_flags_compute_what_the_twin_does(on_ranks, data_flags, tmp_path, flags):
     """Trained with the flags, then evaluated on text not trained on: logits of the twin."""
     ids = read_ids(Path(data_flags[data_flags.index("--data-path") + 1]))
@@ -101,9 +107,9 @@ def load_twin(checkpoint):
     "flags",
     [
         "--squared-relu --normalization LayerNorm --add-bias-linear",
-        "--no-swiglu",
+        pytest.param("--no-swiglu", marks=pytest.mark.slow),
         "--position-embedding-type learned_absolute",
-        "--rotary-percent 0.5",
+        pytest.param("--rotary-percent 0.5", marks=pytest.mark.slow),
         "--architecture transformer --num-experts 4 --moe-router-topk 2",
         "--fp16 --initial-loss-scale 1024",
     ],

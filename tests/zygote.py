@@ -6,12 +6,15 @@ that forking stays safe. Where an import has started CUDA, which does not surviv
 import for themselves.
 """
 
+import ast
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import json
 import math
+import multiprocessing.managers
 import multiprocessing.util
 import os
 import signal
@@ -25,6 +28,7 @@ import megatron.core.tokenizers.text.text_tokenizer  # noqa: F401
 import torch
 import torch.utils.tensorboard
 import transformers.configuration_utils  # noqa: F401
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training.global_vars import get_tensorboard_writer
 
 import pretrain_satformer
@@ -33,8 +37,9 @@ from megatron_satformer import arguments
 
 GRACE = 30
 SCRIPT = __file__
-# Megatron reads its own source for the help texts at every parse.
+# Megatron reads and parses its own source for the help texts at every parse.
 inspect.getsource = functools.cache(inspect.getsource)
+ast.parse = functools.cache(ast.parse)
 JOB = sys.argv[1:]
 sys.argv[1:] = []
 arguments.preview_arguments()
@@ -42,10 +47,12 @@ arguments.preview_arguments()
 
 def _serve() -> None:
     forking = _cuda_survives_a_fork()
+    queues = _start_queues()
+    gc.freeze()  # a collection, of which every save makes two, passes over what is imported
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        children = [_fork(rank, job, forking) for rank in range(job["ranks"])]
+        children = [_fork(rank, job, forking, queues) for rank in range(job["ranks"])]
         codes = _wait(children)
         print(json.dumps([codes[pid] for pid in children]), flush=True)
 
@@ -80,7 +87,17 @@ def _cuda_survives_a_fork() -> bool:
     os._exit(not works)
 
 
-def _fork(rank: int, job: dict, forking: bool) -> int:
+def _start_queues() -> multiprocessing.managers.SyncManager:
+    """The process through which Megatron's saves hand their results, with its imports made.
+
+    Each rank would start one for its first save, and wait until that has imported torch.
+    """
+    queues = multiprocessing.get_context("spawn").Manager()
+    queues.Queue().put(filesystem_async.WriteResult)
+    return queues
+
+
+def _fork(rank: int, job: dict, forking: bool, queues: multiprocessing.managers.SyncManager) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -98,6 +115,8 @@ def _fork(rank: int, job: dict, forking: bool) -> int:
     }
     if not forking:
         os.execv(sys.executable, [sys.executable, "-W", "ignore", SCRIPT, json.dumps(job)])
+    filesystem_async._results_queue = queues.Queue()
+    multiprocessing.process._children.clear()  # theirs is no child of this one
     return _run(job)
 
 

@@ -47,6 +47,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_needs_nothing_of_this_project(folder, tmp_path):
     script = ROOT / "megatron_satformer" / "analysis" / "samples.py"
     argv = [script, "--model", folder, "--output", tmp_path / "samples.txt"]

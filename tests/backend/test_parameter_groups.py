@@ -40,7 +40,7 @@ def recorded(zygote, tmp_path):
     ("ranks", "layout"),
     [
         pytest.param(1, "", marks=SLOW),
-        (2, DO),
+        pytest.param(2, DO, marks=SLOW),
         pytest.param(2, f"{TP2} {SP}", marks=SLOW),
         pytest.param(4, f"{TP2} {PP2} --bf16", marks=SLOW),
     ],

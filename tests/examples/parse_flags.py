@@ -1,10 +1,6 @@
-"""Parses flag lists (JSON, first file) as training would, and says what came of each (second file).
-
-A program of its own because parsing sets Megatron's global state; each list gets a fork of it.
-"""
+"""Parses flags as training would, in a process of its own: parsing sets Megatron's globals."""
 
 import json
-import multiprocessing
 import os
 import sys
 from functools import partial
@@ -55,8 +51,8 @@ REPORTED = [
 ]
 
 
-def describe(flags: list[str]) -> dict:
-    """What the flags mean, and the parameters of the model they describe, built without memory."""
+def describe(flags: list[str], file: str) -> None:
+    """Writes what the flags mean, and the parameters of the model, built without memory."""
     sys.argv = ["pretrain_satformer.py", *flags]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
     preview = arguments.preview_arguments()
@@ -69,11 +65,12 @@ def describe(flags: list[str]) -> dict:
     args.padded_vocab_size = VOCABULARY
     model = build_model_config(args)
     counted = count_parameters(model.transformer, VOCABULARY)
-    return {name: getattr(args, name) for name in REPORTED} | {
+    described = {name: getattr(args, name) for name in REPORTED} | {
         "counted": counted.embeddings + counted.layers,
         "counted_own": counted.own,
         "built": count_built(model),
     }
+    Path(file).write_text(json.dumps(described))
 
 
 def count_built(model) -> int:
@@ -95,10 +92,3 @@ def count_built(model) -> int:
         gates = config.num_query_groups if rows > 3 * config.hidden_size else 0
         padding += (rows - 3 * config.hidden_size - gates) * config.hidden_size
     return sum(parameter.numel() for parameter in module.parameters()) - padding
-
-
-if __name__ == "__main__":
-    given, results = map(Path, sys.argv[1:])
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        described = pool.map(describe, json.loads(given.read_text()), chunksize=1)
-    results.write_text(json.dumps(described))

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN, TABLE
+from tests.parallel.layouts import GATED
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "examples/pretrain"
@@ -21,7 +23,6 @@ SHELL = sorted(
     for path in ROOT.glob(pattern)
 )
 SIZES = ["130m", "350m", "760m", "1.3b"]
-ARCHITECTURES = list(TABLE)
 
 # arXiv 2605.03953: layers, hidden size, FFN, heads.
 SHAPES = {
@@ -46,6 +47,15 @@ ADDED = {
     "lime": (9_360, 43_520, 108_864, 306_176),
     "muddformer": (232_752, 785_380, 1_287_912, 2_675_046),
 }
+# One size of all, and all of one.
+EVERY = pytest.mark.parametrize(
+    ("size", "architecture"),
+    [
+        pytest.param(size, name, marks=() if size == "130m" or name in GATED else pytest.mark.slow)
+        for size in SIZES
+        for name in TABLE
+    ],
+)
 PATHS = {
     "DATA_PATH": "0.5 a_text_document 0.5 b_text_document",
     "TOKENIZER_MODEL": "tokenizer.model",
@@ -88,24 +98,17 @@ def recorded_flags(bin_dir, size, *flags, **environment):
 
 
 @pytest.fixture(scope="module")
-def parsed(bin_dir, tmp_path_factory):
-    """(size, architecture) -> what the real parser makes of the script's flags."""
-    keys = [(size, architecture) for size in SIZES for architecture in ARCHITECTURES]
-    flags = [recorded_flags(bin_dir, size, ARCHITECTURE=arch)[1] for size, arch in keys]
-    flags.append(recorded_flags(bin_dir, "130m", "--micro-batch-size", "2", "--lr", "3e-3")[1])
-    given = tmp_path_factory.mktemp("flags") / "given.json"
-    given.write_text(json.dumps(flags))
-    results = given.with_name("results.json")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.examples.parse_flags", given, results],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    described = json.loads(results.read_text())
-    return dict(zip([*keys, "overridden"], described, strict=True))
+def parsed(bin_dir, on_ranks, tmp_path_factory):
+    """(size, architecture, more flags) -> what the real parser makes of the script's flags."""
+    file = tmp_path_factory.mktemp("flags") / "described.json"
+
+    @cache
+    def parse(size, architecture, *more):
+        flags = recorded_flags(bin_dir, size, *more, ARCHITECTURE=architecture)[1]
+        on_ranks(1, "tests.examples.parse_flags:describe", flags, str(file))
+        return json.loads(file.read_text())
+
+    return parse
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
@@ -131,18 +134,16 @@ def test_scripts_differ_in_one_line():
         assert changed == [("    --model-size 130m \\", f"    --model-size {size} \\")]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_shape(parsed, size, architecture):
-    run = parsed[size, architecture]
+    run = parsed(size, architecture)
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     assert tuple(run[name] for name in names) == SHAPES[size]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_parameters(parsed, size, architecture):
-    run = parsed[size, architecture]
+    run = parsed(size, architecture)
     plain, gates, *_ = PUBLISHED[size]
     assert run["counted"] == plain
     added = ADDED | {"satformer": (gates,) * 4}
@@ -151,10 +152,9 @@ def test_parameters(parsed, size, architecture):
     assert run["built"] == plain + run["counted_own"]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_schedule(parsed, size, architecture):
-    run = parsed[size, architecture]
+    run = parsed(size, architecture)
     _, _, lr, tokens, warmup = PUBLISHED[size]
     assert run["lr"] == lr
     assert run["min_lr"] == pytest.approx(lr / 10)
@@ -185,16 +185,16 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY
 def test_what_all_have_in_common(parsed, size, architecture):
-    run = parsed[size, architecture]
+    run = parsed(size, architecture)
     assert {name: run[name] for name in COMMON} == COMMON
 
 
 def test_flags_after_the_script_win(parsed):
-    assert parsed["overridden"]["micro_batch_size"] == 2
-    assert parsed["overridden"]["lr"] == 3e-3
+    run = parsed("130m", PLAIN, "--micro-batch-size", "2", "--lr", "3e-3")
+    assert run["micro_batch_size"] == 2
+    assert run["lr"] == 3e-3
 
 
 def test_nodes_and_gpus_come_from_the_environment(bin_dir):

@@ -1,11 +1,12 @@
 import pytest
 
 from megatron_satformer.model.architectures import TABLE
+from tests.parallel.layouts import some_fast
 
 H, KV = 24, 12
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", some_fast(TABLE))
 def test_receive_buffers_are_as_wide_as_what_is_sent(on_ranks, architecture):
     on_ranks(2, "tests.parallel.ranks:sends_and_receives", {"architecture": architecture})
 

@@ -40,6 +40,7 @@ from tests.checkpoint.checkpoints import (
 from tests.checkpoint.convert.cases import build_cases, rewrite_as_before, stacked
 from tests.checkpoint.convert.test_to_hf import load_tool, run_tool
 from tests.models import save_exported
+from tests.parallel.layouts import some_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 READ = 100
@@ -206,7 +207,7 @@ def logits_of(folder: Path) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize("architecture", FROM_ZERO)
+@pytest.mark.parametrize("architecture", some_fast(FROM_ZERO))
 @pytest.mark.parametrize(
     "layout",
     [
@@ -233,7 +234,7 @@ def test_megatron_computes_the_same(run, qwen, tmp_path, layout, architecture):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ADDING)
+@pytest.mark.parametrize("architecture", some_fast(ADDING))
 def test_the_start_computes_the_transformer_and_learns(run, qwen, tmp_path, architecture):
     folder, expected = qwen
     made = import_from_hf(folder, tmp_path / "start", architecture=architecture)

@@ -15,6 +15,7 @@ from tests.checkpoint.exported.test_modeling_decoder import (
     build_pair,
     random_ids,
 )
+from tests.parallel.layouts import some_fast
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -24,7 +25,7 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", some_fast(ARCHITECTURES))
 def test_layers_on_other_devices(architecture, tmp_path):
     """Layers on the disk, all of them held as meta tensors: what is carried follows the layer."""
     _, model = build_pair(architecture=architecture)
@@ -93,7 +94,7 @@ def test_device_map_auto(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", some_fast(ARCHITECTURES))
 def test_compiles_without_graph_breaks(architecture):
     """One graph, forward and backward, with the cache it makes and the extra outputs.
 

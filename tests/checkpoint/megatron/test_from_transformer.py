@@ -55,7 +55,9 @@ def gates(folder, step: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [n if "PP2" in n else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
 def test_starts_as_that_transformer(transformer, pretrain, tmp_path, layout):
     flags, folder, losses = transformer
     ranks, extra = LAYOUTS[layout]

@@ -32,7 +32,7 @@ LAYOUTS = {
     "PP4": (4, PP4),
     "DP4": (4, ""),
 }
-FAST = [(name, layout) for name in GATED for layout in ("TP1", "PP2 x 2 virtual")]
+FAST = [(name, layout) for name in GATED for layout in ("PP2 x 2 virtual",)]
 CASES = [
     pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
     for name in CARRYING

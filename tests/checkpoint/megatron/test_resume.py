@@ -23,7 +23,7 @@ SLOW = pytest.mark.slow
         (1, ""),
         pytest.param(2, f"{PP2} --bf16", marks=SLOW),
         pytest.param(2, f"{DO} {DROPOUT}", marks=SLOW),
-        (2, f"{DO} {FP16}"),
+        pytest.param(2, f"{DO} {FP16}", marks=SLOW),
         pytest.param(2, VIRTUAL, marks=SLOW),
         pytest.param(2, f"{PP2} {DO} {ASYNC}", marks=SLOW),
         *(pytest.param(2, f"{DO} --architecture {name}", marks=SLOW) for name in CARRYING),
@@ -48,6 +48,7 @@ def test_resume_continues_to_the_last_digit(pretrain, data_flags, tmp_path, rank
         assert steps == {0.5, 1.0, 2.0}
 
 
+@pytest.mark.slow
 def test_stop_between_two_evaluations(pretrain, data_flags, tmp_path):
     flags = [*SHAPE, *data_flags, "--train-iters", 16, "--eval-interval", 4]
     straight = pretrain(1, *flags)

@@ -68,7 +68,14 @@ def cannot(*args: int) -> int:
     raise OSError(errno.EXDEV, "two file systems")
 
 
-@pytest.mark.parametrize("copy", [None, cannot, lambda *args: 0])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        pytest.param(None, marks=pytest.mark.slow, id="in the kernel"),
+        pytest.param(cannot, id="other file systems"),
+        pytest.param(lambda *args: 0, marks=pytest.mark.slow, id="nothing copied"),
+    ],
+)
 def test_bytes_equal_megatrons_in_small_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: Callable[..., int] | None
 ) -> None:

@@ -347,7 +347,14 @@ def running(
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_a_stopped_run_leaves_nothing_running_and_is_continued(
     running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable, number: int
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
 from tests.models import build_config
+from tests.parallel.layouts import some_fast
 
 ROOT = Path(__file__).resolve().parents[3]
 RANKS = "tests.model.ranks"
@@ -37,7 +38,7 @@ def test_with_biases_untied_and_without_qk_norm(on_ranks, architecture):
     on_ranks(1, f"{RANKS}:equals_reference", options, False)
 
 
-@EVERY
+@pytest.mark.parametrize("architecture", some_fast(TABLE))
 def test_tensor_parallel_ranks_equal_the_twin(on_ranks, architecture):
     on_ranks(2, f"{RANKS}:equals_reference", {"architecture": architecture})
 
