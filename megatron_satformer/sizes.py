@@ -41,6 +41,13 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(
+        *(4, 128, 384, 4, 4e-3, 409_600, 40_960, 8, 50),
+        kv_channels=32,
+        seq_length=256,
+        global_batch_size=8,
+        bf16=False,
+    ),
     "debug": Size(
         *(4, 256, 768, 4, 2e-3, 409_600, 40_960, 2, 50),
         seq_length=256,

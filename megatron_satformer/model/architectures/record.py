@@ -125,6 +125,8 @@ class Architecture:
         layers_note: exported configuration -> what the card says of its layers.
         paper: its layouts in other repositories; what ours can be turned into is the first that
             does not refuse it.
+        controls: what it is compared to beside other architectures: name -> own options that make
+            it of this architecture.
     """
 
     name: str
@@ -152,6 +154,7 @@ class Architecture:
     gates: str | None = None
     layers_note: Callable[[Any], str] = lambda config: ""
     paper: tuple[PaperLayout, ...] = ()
+    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def own_options(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Architectures trained on equal terms, and what their differences are worth."""

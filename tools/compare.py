@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Trains architectures on the same tokens, and says which differences are shown.
+
+examples/compare/run.sh makes the data and calls this.
+"""
+
+import os
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
+from megatron_satformer.comparison.report import add_comparisons, write_report
+from megatron_satformer.comparison.run import CompareOptions, Comparison, measure_cost
+from megatron_satformer.comparison.tasks import retrieval_task, text_task
+from megatron_satformer.comparison.trials import TrialError
+from megatron_satformer.comparison.variants import all_variants, find_variants
+from megatron_satformer.files.locks import open_locked
+from megatron_satformer.sizes import SIZES
+
+
+def _parser() -> ToolParser:
+    parser = ToolParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--save", type=Path, required=True, help="Folder of the comparison; what is there is kept.")
+    add("--archs", nargs="+", metavar="A", help=f"Of {', '.join(all_variants())}.")
+    add("--baselines", nargs="+", metavar="A", help="What all are compared with; the first arch.")
+    add("--data-path", required=True, help="Prefix of a tokenized corpus.")
+    add("--split", default="95,5,0", help="As pretrain_satformer.py has it.")
+    add("--tokenizer-type", default="SentencePieceTokenizer", help="Of the corpus.")
+    add("--tokenizer-model", required=True, help="Of the corpus.")
+    add("--retrieval-data", type=Path, help="Folder made by make_retrieval_data.py.")
+    add("--retrieval-tasks", nargs="*", default=["mqar"], help="To train on, each by itself.")
+    add("--no-cost", action="store_true", help="Do not measure step time and memory.")
+    names = [field.name for field in fields(CompareOptions)]
+    add_flags_of(
+        parser, CompareOptions, *names, size={"choices": list(SIZES)}, lr_factors={"type": float}
+    )
+    return parser
+
+
+def main() -> int:
+    """Parses the flags, runs the trials, writes the report."""
+    args = vars(_parser().parse_args())
+    command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
+    save, data = args.pop("save"), args.pop("retrieval_data")
+    variants = find_variants(args.pop("archs"))
+    baselines = args.pop("baselines") or [variants[0].name]
+    for name in baselines:
+        if name not in [variant.name for variant in variants]:
+            raise ValueError(f"baselines ({name}) must be of archs. Add it there.")
+    corpus = [args.pop(n) for n in ("data_path", "split", "tokenizer_type", "tokenizer_model")]
+    wanted, costs = args.pop("retrieval_tasks"), not args.pop("no_cost")
+    args["lr_factors"] = tuple(args["lr_factors"])
+    options = CompareOptions(**args)
+    tasks = [text_task(*corpus)]
+    if data is not None:
+        length = SIZES[options.size].seq_length
+        tasks += [retrieval_task(name, data, length) for name in wanted]
+    save.mkdir(parents=True, exist_ok=True)
+    busy = f"save ({save}) is in use by another comparison. Wait for it, or choose another."
+    open_locked(save / "lock", os.O_RDWR | os.O_CREAT, busy)
+    comparison = Comparison(save, options, variants, {task.name: task for task in tasks})
+    try:
+        results = comparison.run()
+    except TrialError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results["cost"] = measure_cost(save, options, variants) if costs else None
+    add_comparisons(results, baselines)
+    for path in write_report(results, save, command):
+        print(path)
+    for made in results["comparisons"].values():
+        print(*(one["told"] for one in made), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
