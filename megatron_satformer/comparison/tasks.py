@@ -58,18 +58,18 @@ class Task:
         return measured
 
 
-def text_task(prefix: str, split: str, tokenizer_type: str, tokenizer_model: str) -> Task:
+def text_task(data_path: str, tokenizer_type: str, tokenizer_model: str, split: str) -> Task:
     """Language modelling on a tokenized corpus.
 
     Args:
-        prefix: of the data set, without .bin.
-        split: as --split has it.
+        data_path: prefix of the data set, without .bin.
         tokenizer_type: Megatron's.
         tokenizer_model: its file or folder.
+        split: as --split has it.
     """
-    flags = ["--data-path", prefix, "--split", split]
+    flags = ["--data-path", data_path, "--split", split]
     flags += ["--tokenizer-type", tokenizer_type, "--tokenizer-model", tokenizer_model]
-    tokens = read_splits(prefix, split)["valid"]
+    tokens = read_splits(data_path, split)["valid"]
     tokenizer = build_tokenizer(TokenizerOptions(tokenizer_type, tokenizer_model))
     ends = tokens == tokenizer.eod
     text = text_of(tokenizer, tokens[~ends])
