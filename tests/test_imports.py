@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "data": {"cli", "files"},
     "checkpoint": {"config", "unsupported", "model", "parallel", "backend", "data", "files"},
     "analysis": {"checkpoint", "cli", "data", "files"},
+    "comparison": {"analysis", "data", "files", "model", "quickstart", "sizes"},
     "quickstart": {"analysis", "checkpoint", "cli", "data", "files"},
 }
 # Outside modules, and the only files or rooms that may import them.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_satformer.comparison.trials import REPOSITORY
+from megatron_satformer.quickstart.process import REPOSITORY
 
 VOCAB_SIZE = 4096
 TRAIN_EXAMPLES, TEST_EXAMPLES = 40_000, 500

@@ -19,13 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_satformer.comparison.tasks import Task
-from megatron_satformer.comparison.trials import (
-    REPOSITORY,
-    Trial,
-    read_result,
-    run_trials,
-)
+from megatron_satformer.comparison.trials import Trial, read_result, run_trials
 from megatron_satformer.comparison.variants import Variant
+from megatron_satformer.quickstart.process import REPOSITORY
 from megatron_satformer.sizes import SIZES
 
 FIRST_SEED, PROBE_STEPS = 1, 12

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_satformer.analysis.unigram import read_splits
-from megatron_satformer.comparison.trials import CHECKPOINTS, REPOSITORY
+from megatron_satformer.comparison.trials import CHECKPOINTS
 from megatron_satformer.data.tokenizers.decoding import text_of
 from megatron_satformer.data.tokenizers.exact import build_tokenizer
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
 from megatron_satformer.files.metrics_file import read_metrics
+from megatron_satformer.quickstart.process import REPOSITORY
 
 TEXT = "text"
 

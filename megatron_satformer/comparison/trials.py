@@ -5,7 +5,6 @@ is asked for with other flags.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -25,12 +24,17 @@ from tqdm import tqdm
 from megatron_satformer.comparison.variants import Variant
 from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.files.metrics_file import read_metrics
+from megatron_satformer.quickstart.process import (
+    LIBC,
+    PR_SET_PDEATHSIG,
+    REPOSITORY,
+    VARIABLE,
+    end_processes,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 # One machine: neither its name nor its network has to work.
 LAUNCH = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node"
 DONE, CHECKPOINTS, LOG = "done.json", "checkpoints", "train.log"
-PR_SET_PDEATHSIG, LIBC = 1, ctypes.CDLL(None)
 PATIENCE = 30.0  # seconds for torchrun to end its ranks
 TOLD = 15  # lines of a log that failed
 
@@ -108,6 +112,7 @@ def run_trials(
     Raises:
         TrialError: if one fails; the others are ended, and go on when run again.
     """
+    end_processes(root)  # of a comparison that was killed
     left = [trial for trial in trials if not is_done(trial, root)]
     if len(left) < len(trials):
         tqdm.write(f"{len(trials) - len(left)} of {len(trials)} trials are done already")
@@ -182,7 +187,7 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | environment,
+                env=os.environ | environment | {VARIABLE: str(root)},
                 start_new_session=True,  # ctrl-C comes to us alone
                 preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
             )

@@ -39,7 +39,7 @@ def test_cores_are_shared_by_the_trials(monkeypatch):
 
 @pytest.mark.slow
 def test_smoke_with_a_kill_in_the_middle(tmp_path):
-    """examples/compare/run.sh --smoke; killed behind its first trial, it does not run that again."""
+    """examples/compare/run.sh --smoke; killed behind a trial, it does not run that again."""
     command = [str(ROOT / "examples/compare/run.sh"), "--smoke"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"SAVE": str(tmp_path / "run"), "PATH": path}

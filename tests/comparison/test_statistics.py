@@ -53,7 +53,7 @@ def test_few_values_have_all_their_resamples():
 
 
 def test_interval_covers_as_often_as_it_says():
-    """Of 10 values from a normal distribution: bootstrap intervals of so few cover a little less."""
+    """Of 10 normal values: bootstrap intervals of so few cover a little less."""
     draw = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
