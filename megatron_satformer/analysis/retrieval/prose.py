@@ -47,21 +47,24 @@ def make_phonebook(
     Source: Jelassi et al., Repeat After Me, arXiv 2402.01032, section 4.
     """
     share = how.distractors or 0
-    everyone = len(FIRST) * len(LAST)
-    asked = int(rng.integers(everyone))
-    near = [n for n in range(everyone) if n != asked and _shares(n, asked)]
+    first, last = int(rng.integers(len(FIRST))), int(rng.integers(len(LAST)))
+    others = [n for n in range(len(FIRST)) if n != first]
+    relatives = [n for n in range(len(LAST)) if n != last]
+    near = [(first, n) for n in relatives] + [(n, last) for n in others]
+    strangers = len(others) * len(relatives)
     if share > len(near):
         raise ValueError(f"distractors ({share}) must be at most {len(near)} for phonebook.")
-    most = min(how.entries or length // 6, everyone)
+    most = min(how.entries or length // 6, strangers)
+    if how.entries is not None and how.entries > strangers:
+        raise ValueError(f"entries ({how.entries}) must be at most {strangers}.")
     if share >= most:
         raise TooLongError(
             f"distractors ({share}) must be fewer than the {most} entries of {length} tokens."
         )
-    if how.entries is not None and how.entries > everyone - len(near):
-        raise ValueError(f"entries ({how.entries}) must be at most {everyone - len(near)}.")
-    close = [near[n] for n in rng.choice(len(near), share, replace=False)]
-    far = [n for n in rng.permutation(everyone).tolist() if n != asked and not _shares(n, asked)]
-    people = close + far[: most - 1 - share]
+    people = [near[n] for n in rng.choice(len(near), share, replace=False)]
+    for n in rng.choice(strangers, most - 1 - share, replace=False):
+        people.append((others[n // len(relatives)], relatives[n % len(relatives)]))
+    people.append((first, last))
     numbers = [f"{rng.integers(200, 1000)}-{rng.integers(10_000):04d}" for _ in range(most)]
     ties = rng.random(most)
     where_asked = rng.random() if depth is None else depth
@@ -70,22 +73,17 @@ def make_phonebook(
         order = sorted(range(entries - 1), key=lambda n: ties[n])
         at = round(where_asked * (entries - 1))
         order.insert(at, most - 1)
-        names = [*people, *[asked] * (most - len(people))]
-        lines = [f"{_name(names[n])}: {numbers[n]}\n" for n in order]
-        question = f"\nThe number of {_name(asked)} is"
+        lines = [f"{_name(people[n])}: {numbers[n]}\n" for n in order]
+        question = f"\nThe number of {_name(people[-1])} is"
         context = "Phone book\n\n" + "".join(lines) + question
-        return Example((context, f" {numbers[most - 1]}"), (where_asked,))
+        return Example((context, f" {numbers[-1]}"), (where_asked,))
 
     least = share + 2 if how.entries is None else how.entries
-    return _fit(build, least, len(people) + 1, length, count, "phonebook")
+    return _fit(build, least, most, length, count, "phonebook")
 
 
-def _shares(person: int, other: int) -> bool:
-    return person // len(LAST) == other // len(LAST) or person % len(LAST) == other % len(LAST)
-
-
-def _name(person: int) -> str:
-    return f"{FIRST[person // len(LAST)]} {LAST[person % len(LAST)]}"
+def _name(person: tuple[int, int]) -> str:
+    return f"{FIRST[person[0]]} {LAST[person[1]]}"
 
 
 def solve_phonebook(context: str) -> str:
