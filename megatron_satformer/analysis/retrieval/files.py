@@ -202,9 +202,13 @@ def _choose(
             raise ValueError(
                 f"tasks ({name}) must come with {wanted}. Give that, or leave the task out."
             )
-    if text and not any(TASKS[name].needs == "text" and name in (asked or TASKS) for name in TASKS):
-        raise ValueError("input must come with the task passkey, which alone reads it.")
-    return list(asked) or [name for name, task in TASKS.items() if task.needs in can]
+    names = list(asked) or [name for name, task in TASKS.items() if task.needs in can]
+    if text and not any(TASKS[name].needs == "text" for name in names):
+        raise ValueError(
+            "input must come with the task passkey, which alone reads it, and a tokenizer of text. "
+            "Add them, or leave it out."
+        )
+    return names
 
 
 def _sources(
