@@ -67,7 +67,8 @@ from megatron_satformer.checkpoint.megatron.source import starts_from_transforme
 from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
-from megatron_satformer.data.training import index_cache, preflight
+from megatron_satformer.data.training import index_cache, loss_masks, preflight
+from megatron_satformer.data.training.masked_dataset import MaskedGPTDataset
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
@@ -259,7 +260,8 @@ def choose_provider(plan: schedule.Continuation | None) -> Any:
 
 
 def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfig) -> list[Any]:
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    real = MaskedGPTDataset if args.use_loss_masks else GPTDataset
+    kind = MockGPTDataset if args.mock_data else real
     return BlendedMegatronDatasetBuilder(kind, samples, reads, config).build()
 
 
@@ -320,7 +322,13 @@ def build_model_config(args: Any) -> DecoderModelConfig:
 def check_data() -> preflight.DataSummary:
     """Look at every data file before any work starts; see data.preflight."""
     args = get_args()
-    return preflight.check_data_options(vars(args), get_tokenizer().vocab_size)
+    summary = preflight.check_data_options(vars(args), get_tokenizer().vocab_size)
+    if args.use_loss_masks:
+        print(*loss_masks.check_masks(summary.prefixes, args.seq_length), sep="\n", flush=True)
+    else:
+        for line in loss_masks.describe_unused(summary.prefixes):
+            print(line, flush=True)
+    return summary
 
 
 @cache

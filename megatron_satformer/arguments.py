@@ -40,7 +40,7 @@ FAMILY_DEFAULTS: dict[str, Any] = {
 # What says which data a run reads; a run that goes on may not change it unasked.
 DATA_OPTIONS = (
     *("data_path", "tokenizer", "seq_length", "split", "seed", "dataloader_type", "mock_data"),
-    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "use_loss_masks"),
 )
 # The way back from a default that Megatron has no flag against.
 COUNTER_FLAGS = {
@@ -71,6 +71,12 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
         default="auto",
         help="Where to run. auto: cuda where there is a GPU, else cpu (gloo, every parallel "
         "layout, for tests and small models).",
+    )
+    group.add_argument(
+        "--use-loss-masks",
+        action="store_true",
+        help="Where a data set has PREFIX_mask.bin and .idx beside it (make_retrieval_data.py "
+        "writes them), train and evaluate on the tokens that they mark alone.",
     )
     add_resume_arguments(parser)
     _add_size(group)

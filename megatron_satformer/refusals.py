@@ -63,6 +63,11 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
     check_model(preview, cuda)
     _check_tokenizer(preview)
     _check_async_save(preview)
+    if preview.use_loss_masks and preview.mock_data:
+        raise ValueError(
+            "use_loss_masks (True) must not come with --mock-data, which has no masks. Leave one "
+            "of them out."
+        )
     if preview.use_mup and not preview.scaled_output_init:
         raise ValueError(
             "use_mup (True) must come with --scaled-output-init: it scales the init of the output "

@@ -13,7 +13,8 @@ from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_toke
 from megatron_satformer.checkpoint.megatron.changes import Change
 from megatron_satformer.data.datasets.indexed import bin_path
 from megatron_satformer.data.preprocess.run_identity import describe_tokenizer
-from megatron_satformer.data.training.preflight import DataSummary
+from megatron_satformer.data.training.loss_masks import has_mask, mask_prefix
+from megatron_satformer.data.training.preflight import DatasetSummary, DataSummary
 
 ARGUMENT = "training_data"  # of a checkpoint's args
 # Options that say which tokens are seen, in which order, and what of them counts.
@@ -26,6 +27,7 @@ OPTIONS = {
     "reset_position_ids": "other positions",
     "reset_attention_mask": "other attention",
     "eod_mask_loss": "another loss",
+    "use_loss_masks": "another loss",
 }
 NAMES = ("data_path", "tokenizer", *OPTIONS)
 SAMPLE = 1 << 20  # bytes of each end of a data set that its hash is of
@@ -41,13 +43,17 @@ def describe_data(args: Namespace, summary: DataSummary | None) -> dict[str, Any
     tokenizer = describe_tokenizer(own_tokenizer_options(args))
     kept = {name: value for name, value in tokenizer.items() if name not in _PLACES}
     sets = [] if summary is None else summary.datasets
+
+    def masked(data: DatasetSummary) -> bool:
+        return bool(args.use_loss_masks) and has_mask(data.prefix)
+
     blend = [
         (
             data.option.split()[0],
             data.weight,
             Path(data.prefix).name,
             data.tokens,
-            _hash(data.prefix),
+            _hash(data.prefix) + (_hash(mask_prefix(data.prefix)) if masked(data) else ""),
         )
         for data in sets
     ]
@@ -87,7 +93,8 @@ def find_data_changes(
     known = getattr(saved, ARGUMENT, None)
     allowed = args.allow_data_change or ()
     for option, meaning in OPTIONS.items():
-        then, now = getattr(saved, option, None), getattr(args, option)
+        now = getattr(args, option)
+        then = getattr(saved, option, False if isinstance(now, bool) else None)
         if then is not None and then != now:
             yield _change(option, then, now, meaning, allowed, samples)
     if known is None:

@@ -71,6 +71,11 @@ class DataSummary:
     unseen: tuple[str, ...] = ()
 
     @property
+    def prefixes(self) -> list[str]:
+        """Of all the data sets that were looked at."""
+        return [dataset.prefix for dataset in self.datasets]
+
+    @property
     def documents(self) -> int:
         """Documents of all the data sets."""
         return sum(dataset.documents for dataset in self.datasets)
