@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 from megatron_satformer import arguments, metrics, required
 from megatron_satformer.backend.device import choose_device
-from megatron_satformer.cli import usage_errors
+from megatron_satformer.cli import USER_ERRORS, usage_errors
 from megatron_satformer.model.builder import DecoderModelConfig
 from megatron_satformer.planning.fake_ranks import pretend_ranks
 from megatron_satformer.planning.plan import Plan, check_options, make_plan
@@ -38,15 +38,24 @@ def plan_run(
         choose_device("cpu")  # which stands in for any
         metrics.hold_writers()
         cuda = preview.device != "cpu"
-        with pretend_ranks(preview):
-            args, model = resolve(preview, cuda)
-        if args.rank != 0:
+        if preview.rank != 0:
             return
-        report(args, model, cuda)
-        print(describe_plan(make_plan(args, model)), flush=True)
-        if args.search:
-            found = search_layouts(args, lambda flags: _plan_of(flags, resolve, cuda))
-            print(describe_search([*found]), flush=True)
+        refused = None
+        try:
+            with pretend_ranks(preview):
+                args, model = resolve(preview, cuda)
+            report(args, model, cuda)
+            print(describe_plan(make_plan(args, model)), flush=True)
+        except (*USER_ERRORS, AssertionError) as error:
+            if not preview.search:
+                raise
+            refused = error
+            print(f"as given it is refused: {' '.join(str(error).split())}", flush=True)
+        if preview.search:
+            found = [*search_layouts(preview, lambda flags: _plan_of(flags, resolve, cuda))]
+            if refused and not any(tried.plan for tried in found):
+                raise refused  # by what is no matter of layouts, perhaps
+            print(describe_search(found), flush=True)
 
 
 def _plan_of(flags: list[str], resolve: Resolve, cuda: bool) -> Plan:

@@ -31,9 +31,15 @@ def search_layouts(args: Namespace, plan_of: Callable[[list[str]], Plan]) -> Ite
     the largest micro-batch, that of the run or a half, a quarter ... of it.
 
     Args:
-        args: Megatron's validated arguments of the run itself.
+        args: arguments of the run itself, as given.
         plan_of: flags that come behind those of the run -> its plan; raises what a run raises.
     """
+    if args.num_layers is None or args.micro_batch_size is None or args.num_experts:
+        raise ValueError(
+            f"search (True) must come with num_layers ({args.num_layers}) and micro_batch_size "
+            f"({args.micro_batch_size}), and without num_experts ({args.num_experts}), whose "
+            "activations are not counted. Change them, or leave --search out."
+        )
     per_node = find_gpu(args.gpu).per_node
     for tp in _powers(min(args.world_size, per_node)):
         for pp in _powers(min(args.world_size // tp, args.num_layers)):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pretrain_satformer
 from megatron_satformer import arguments, metrics
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.planning.fake_ranks import pretend_ranks
-from megatron_satformer.planning.measure import Ledger
+from megatron_satformer.planning.measure import Ledger, Message
 from megatron_satformer.planning.plan import Plan, make_plan
 from tests.parallel.liveness import Storages
 from tests.parallel.payload import Traffic
@@ -35,30 +36,48 @@ def plan_of(argv: list[str]) -> Plan:
     return plan
 
 
-def predict(record: str, command_lines: list[list[str]]) -> None:
-    """Writes, of each command line, the numbers that `run` writes, per pipeline rank."""
+def predict(record: str, argv: list[str], ranks: int) -> None:
+    """Writes the numbers that `run` writes, of one rank of every pipeline stage."""
+    plan = plan_of([*argv, "--gpus", str(ranks)])
     found = []
-    for argv in command_lines:
-        plan = plan_of(argv)
+    for stage in plan.stages:
+        collectives: Counter[str] = Counter()
+        for chunk in stage.chunks:
+            for message, n in chunk.messages.items():
+                collectives[_named(message)] += n * plan.micro_batches
+        crossing = sum(chunk.sent + chunk.received for chunk in stage.chunks)
         found.append(
-            [
-                {
-                    "parameters": stage.parameters,
-                    "static": list(stage.static),
-                    "kept": stage.held and stage.held.kept,
-                    "peak": stage.held and stage.held.bytes,
-                    "sent": sum(chunk.sent + chunk.received for chunk in stage.chunks)
-                    * plan.micro_batches,
-                    "collectives": {
-                        f"{message.kind} {message.ranks} {message.bytes}": n * plan.micro_batches
-                        for chunk in stage.chunks
-                        for message, n in chunk.messages.items()
-                    },
-                }
-                for stage in plan.stages
-            ]
+            {
+                "parameters": stage.parameters,
+                "static": stage.static,
+                "kept": stage.held and stage.held.kept,
+                "peak": stage.held and stage.held.bytes,
+                "sent": 2 * crossing * plan.micro_batches,  # and the gradients back
+                "collectives": collectives,
+            }
         )
     Path(record).write_text(json.dumps(found))
+
+
+def _named(message: Message) -> str:
+    return f"{message.kind} {message.ranks} {message.bytes}"
+
+
+def counts_flops() -> None:
+    """Of a Transformer the formula, for any shape; with a gate its GEMM's rows, padded to 16."""
+    base = """--model-size debug --mock-data --tokenizer-type NullTokenizer --vocab-size 1023
+    --micro-batch-size 1 --global-batch-size 1 --gpus""".split()
+    shapes = "1", "1 --no-swiglu", "1 --kv-channels 24 --group-query-attention --num-query-groups 2"
+    for shape in shapes:
+        plan = plan_of([*base, *shape.split(), "--architecture", "transformer"])
+        assert plan.flops == plan.plain_flops, shape
+    gated = plan_of([*base, "1", "--architecture", "satformer"])
+    assert gated.plain_flops == plan_of([*base, "1", "--architecture", "transformer"]).flops
+    assert gated.flops - gated.plain_flops == 6 * 256 * 16 * 3  # hidden size, three layers mix
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    (stage,) = plan_of([*base, "1", "--architecture", "transformer", *full.split()]).stages
+    loss = 2 * 256 * 256 * 1024  # sequence, hidden size, vocabulary
+    assert stage.chunks[0].recomputed_flops == stage.chunks[0].forward_flops - loss
 
 
 def run(record: str, argv: list[str]) -> None:
@@ -98,10 +117,7 @@ def run(record: str, argv: list[str]) -> None:
             found["peak"], found["kept"] = peak[0], max(kept for kept, _ in alive)
             found["alive"] = alive
             found["sent"] = traffic.sent["bytes"] + traffic.received["bytes"]
-            found["collectives"] = {
-                f"{message.kind} {message.ranks} {message.bytes}": n
-                for message, n in ledger.messages.items()
-            }
+            found["collectives"] = {_named(m): n for m, n in ledger.messages.items()}
             return result
 
         return forward_backward
