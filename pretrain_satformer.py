@@ -11,6 +11,7 @@ import time
 _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
 
 import json
+import sys
 import warnings
 from functools import cache, partial
 from typing import Any
@@ -61,8 +62,8 @@ from megatron_satformer import arguments, metrics, refusals, required
 from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
-from megatron_satformer.checkpoint.megatron.recovery import recover
-from megatron_satformer.checkpoint.megatron.resume import check_resume, hand_on
+from megatron_satformer.checkpoint.megatron.recovery import is_torn, recover
+from megatron_satformer.checkpoint.megatron.resume import Resumed, check_resume, hand_on
 from megatron_satformer.checkpoint.megatron.source import starts_from_transformer
 from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
@@ -77,6 +78,8 @@ from megatron_satformer.model.packing import is_one_stream, pack_documents
 from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
+from megatron_satformer.planning.plan import check_options
+from megatron_satformer.planning.run import plan_run
 from megatron_satformer.report import describe_run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -344,7 +347,7 @@ def prepare_data(samples: tuple[int | None, ...]) -> None:
     else:
         print(*preflight.describe_data(check_data(), samples, vars(args)), sep="\n", flush=True)
         cached = not check_data().unseen
-    if not cached:
+    if not cached or args.dry_run:
         return
     with index_cache.muted_logging():
         planned = _build_datasets(
@@ -363,57 +366,77 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
     Raises:
         SystemExit: code 2 after one printed line, for anything the user can mend.
     """
-    plan, noted = None, {}
+    begun: tuple[schedule.Continuation | None, dict] = (None, {})
     with usage_errors():
         preview = arguments.preview_arguments()
         required.check_required(preview)
         cuda = choose_device(preview.device)
-        refusals.check_arguments(preview, cuda)
-        check_layout(preview)
-        recover(preview)  # before anything reads what --load holds
-        defaults = arguments.resolve_defaults(preview, cuda)
-        metrics.hold_arguments()
-        args = arguments.finish_arguments(
-            parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
-        )
-        if args.use_checkpoint_args:
-            refusals.check_model(args, cuda)  # now that the checkpoint has spoken
-        model = build_model_config(args)
-        refusals.check_carry(model.transformer)
-        check_ranks_hold_something(model.transformer)
+        args, model = resolve(preview, cuda)
         if args.rank == 0:
-            given = set(vars(args))
-            data = describe_data(args, None if args.mock_data else check_data())
-            resumed = check_resume(args, data)
-            plan = resumed.plan
-            hand_on(args, resumed.args, get_tokenizer().vocab_size)
-            noted = {name: value for name, value in vars(args).items() if name not in given}
-            samples = planned_samples(vars(args))
-            if samples is not None:
-                prepare_data(samples if plan is None else (plan.end, *samples[1:]))
-            report = describe_run(args, model.transformer, cuda, args.padded_vocab_size)
-            print(metrics.tell_arguments(args), report, sep="\n", flush=True)
-            for warning in (
-                model.transformer.warning,
-                export_warning(own_tokenizer_options(args)),
-            ):
-                if warning:
-                    print(f"WARNING: {warning}", flush=True)
+            begun = compare_and_report(args, model, cuda)
     model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda)]
-    return args, model, (plan, noted)
+    return args, model, begun
+
+
+def resolve(preview: Any, cuda: bool) -> tuple[Any, DecoderModelConfig]:
+    """The arguments of a command line as they will be, and its model.
+
+    Args:
+        preview: the arguments as given.
+        cuda: whether the run uses CUDA.
+    """
+    check_options(preview)
+    refusals.check_arguments(preview, cuda)
+    check_layout(preview)
+    recover(preview)  # before anything reads what --load holds
+    defaults = arguments.resolve_defaults(preview, cuda)
+    metrics.hold_arguments()
+    args = arguments.finish_arguments(
+        parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
+    )
+    if args.use_checkpoint_args:
+        refusals.check_model(args, cuda)  # now that the checkpoint has spoken
+    model = build_model_config(args)
+    refusals.check_carry(model.transformer)
+    check_ranks_hold_something(model.transformer)
+    return args, model
+
+
+def compare_and_report(
+    args: Any, model: DecoderModelConfig, cuda: bool
+) -> tuple[schedule.Continuation | None, dict]:
+    """On rank 0: what a run goes on from, its data, and its report; returns as `configure`."""
+    given = set(vars(args))
+    data = describe_data(args, None if args.mock_data else check_data())
+    resumed = Resumed() if args.dry_run and is_torn(args) else check_resume(args, data)
+    hand_on(args, resumed.args, get_tokenizer().vocab_size)
+    noted = {name: value for name, value in vars(args).items() if name not in given}
+    samples = planned_samples(vars(args))
+    if samples is not None:
+        prepare_data(samples if resumed.plan is None else (resumed.plan.end, *samples[1:]))
+    report = describe_run(args, model.transformer, cuda, args.padded_vocab_size)
+    told = [] if args.dry_run else [metrics.tell_arguments(args)]
+    print(*told, report, sep="\n", flush=True)
+    for warning in (model.transformer.warning, export_warning(own_tokenizer_options(args))):
+        if warning:
+            print(f"WARNING: {warning}", flush=True)
+    return resumed.plan, noted
 
 
 def main() -> None:
     """Parse, check, build, train."""
+    if "--dry-run" in sys.argv[1:]:
+        plan_run(resolve, compare_and_report)
+        return
     set_startup_timestamps(program_start=_PROGRAM_START_TIME, main_entry=time.time())
     args, model, begun = configure()
     # pretrain() would itself build the process groups, which a plan and a communicator need before;
     # this function of Megatron's (0.19.2) does just that and is skipped when done.
     _initialize_distributed(None, None, None)
-    plan, noted = schedule.share(begun)
+    going_on, noted = schedule.share(begun)
     vars(args).update(noted)  # which every rank's part of a checkpoint has
-    if plan is not None:
-        schedule.activate(plan, args)
+    if going_on is not None:
+        schedule.activate(going_on, args)
     container = pretrain_cfg_container_from_args(args, model)
     communication = {}
     if args.pipeline_model_parallel_size > 1:
@@ -427,7 +450,7 @@ def main() -> None:
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
     kind = ModelType.encoder_or_decoder
-    pretrain(container, choose_provider(plan), kind, forward_step, **communication)
+    pretrain(container, choose_provider(going_on), kind, forward_step, **communication)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -18,6 +18,7 @@ from megatron_satformer.cli import describe_flag_error
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.layout import choose_stages
 from megatron_satformer.model.architectures import TABLE, all_architectures, find_architecture
+from megatron_satformer.plan_options import PlanOptions
 from megatron_satformer.required import NEVER, find_defaults
 from megatron_satformer.sizes import SIZES, resolve_schedule, size_defaults, token_count
 
@@ -79,6 +80,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
         "writes them), train and evaluate on the tokens that they mark alone.",
     )
     add_resume_arguments(parser)
+    ArgumentGroupFactory(PlanOptions).build_group(parser, "planning")
     _add_size(group)
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import arguments, get_args, get_timers, training
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    get_num_microbatches,
+)
+from megatron.training import arguments, get_args, get_timers, global_vars, training
 from megatron.training.utils import is_last_rank
 
 from megatron_satformer.benchmark.utilization import peak_flops
@@ -39,6 +42,18 @@ _plain_dump = arguments._print_args
 def hold_arguments() -> None:
     """Keep Megatron from printing 800 lines of arguments; `tell_arguments` puts them in a file."""
     arguments._print_args = lambda *_: None
+
+
+def hold_writers() -> None:
+    """Keep Megatron from opening TensorBoard's and wandb's files while it reads arguments."""
+    global_vars._set_tensorboard_writer = lambda *_: None
+    global_vars._set_wandb_writer = lambda *_: None
+
+
+def forget_run() -> None:
+    """Let Megatron read another command line in this process."""
+    global_vars.destroy_global_vars()
+    destroy_num_microbatches_calculator()
 
 
 def tell_arguments(args: Namespace) -> str:

@@ -36,7 +36,7 @@ def describe_run(args: Namespace, config: DecoderConfig, cuda: bool, vocab_size:
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "layout": _layout(args),
         "payload": _payload(args, config),
-        "backend": f"{config.transformer_impl}, {_device(cuda)}",
+        "backend": f"{config.transformer_impl}, {_device(args, cuda)}",
         "checkpoints": f"save {args.save or 'nowhere'}, load {args.load or 'nothing'}",
     }
     return "\n".join(f"{name:>13}: {text}" for name, text in lines.items())
@@ -136,5 +136,7 @@ def _payload(args: Namespace, config: DecoderConfig) -> str:
     )
 
 
-def _device(cuda: bool) -> str:
+def _device(args: Namespace, cuda: bool) -> str:
+    if args.dry_run and cuda:
+        return f"{args.gpu}, planned for"
     return torch.cuda.get_device_name() if cuda else "cpu (gloo)"

@@ -132,7 +132,8 @@ def _check_wandb(preview: Namespace) -> None:
 
 def _check_length(preview: Namespace) -> None:
     steps, samples = preview.train_iters, preview.train_samples
-    if getattr(preview, "train_tokens", None):
+    sized = getattr(preview, "model_size", None) and not steps and not samples
+    if getattr(preview, "train_tokens", None) or sized:
         return  # converted, and checked, where the defaults are resolved
     if not steps and not samples:
         raise ValueError(

@@ -31,11 +31,13 @@ def count_training_flops(shape: Any) -> float:
 
     Args:
         shape: with sizes named as Megatron's flags: hidden_size, num_layers, num_attention_heads,
-            num_query_groups, ffn_hidden_size, seq_length, vocab_size.
+            num_query_groups, ffn_hidden_size, seq_length, vocab_size, and kv_channels where heads
+            are not a share of hidden_size.
     """
-    kv = shape.hidden_size // shape.num_attention_heads * shape.num_query_groups
-    attention = shape.hidden_size * (2 * shape.hidden_size + 2 * kv)
+    head = getattr(shape, "kv_channels", None) or shape.hidden_size // shape.num_attention_heads
+    query, kv = head * shape.num_attention_heads, head * shape.num_query_groups
+    attention = shape.hidden_size * (2 * query + 2 * kv)
     mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-    scores = shape.hidden_size * shape.seq_length  # q k and p v, half of each
+    scores = query * shape.seq_length  # q k and p v, half of each
     layers = shape.num_layers * (attention + mlp + scores)
     return 6.0 * (layers + shape.hidden_size * shape.vocab_size)

@@ -44,13 +44,13 @@ def recover(args: Namespace) -> None:
     wait for rank 0; else they read it long after, in Megatron's load.
 
     Args:
-        args: Megatron's, not yet validated.
+        args: Megatron's, not yet validated. With --dry-run nothing is written.
 
     Raises:
         ValueError: If no step is whole, or the one that is asked for is not.
     """
     early = args.use_checkpoint_args or args.from_transformer
-    if args.load is None or args.ckpt_format != "torch_dist" or not (args.rank == 0 or early):
+    if not _reads_tracker(args) or not (args.rank == 0 or early):
         return
     load = Path(args.load)
     if args.ckpt_step:
@@ -58,7 +58,18 @@ def recover(args: Namespace) -> None:
     if args.rank != 0:
         _await_rank_0(load, args.ckpt_step)
     elif found := find_recovery(load, args.ckpt_step, args.allow_fresh_start):
-        _mend(load, found, args.allow_fresh_start)
+        _mend(load, found, args.allow_fresh_start, getattr(args, "dry_run", False))
+
+
+def is_torn(args: Namespace) -> bool:
+    """Whether a run with these arguments would first have to mend what --load holds."""
+    if not _reads_tracker(args):
+        return False
+    return find_recovery(Path(args.load), args.ckpt_step, args.allow_fresh_start) is not None
+
+
+def _reads_tracker(args: Namespace) -> bool:
+    return args.load is not None and args.ckpt_format == "torch_dist"
 
 
 def _await_rank_0(load: Path, ckpt_step: int | None) -> None:
@@ -67,16 +78,23 @@ def _await_rank_0(load: Path, ckpt_step: int | None) -> None:
         time.sleep(POLL)
 
 
-def _mend(load: Path, found: Recovery, allow_fresh_start: bool) -> None:
+def _mend(load: Path, found: Recovery, allow_fresh_start: bool, dry_run: bool) -> None:
     if found.step is None:
         if not allow_fresh_start:
             raise ValueError(
                 f"load ({load}) must hold a whole checkpoint: {found.torn}, and no save was "
                 f"completed. {FRESH}"
             )
-        if (load / TRACKER).exists():
+        if (load / TRACKER).exists() and not dry_run:
             os.replace(load / TRACKER, load / f"{TRACKER}.torn")
         print(f"WARNING: {found.torn}. No step is whole: the run starts anew.", flush=True)
+        return
+    if dry_run:
+        print(
+            f"WARNING: {found.torn}. The run will go on from step {found.step}, with which this "
+            "plan is not compared.",
+            flush=True,
+        )
         return
     try:
         write_atomically(load / TRACKER, str(found.step).encode())

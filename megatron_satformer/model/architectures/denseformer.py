@@ -147,6 +147,7 @@ def _weights(name: str, count: int, behind: bool = False) -> OwnTensor:
 
 DENSEFORMER = Architecture(
     name="denseformer",
+    mfu=0.228,
     source="arXiv 2402.02622",
     equation=(
         "Y_n = sum_j a_nj X_j, X_j the output of layer j, is what layer n + 1 reads\n"

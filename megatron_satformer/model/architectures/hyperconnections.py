@@ -287,6 +287,7 @@ def _has_no_gain(options: Any) -> str | None:
 
 HYPERCONNECTIONS = Architecture(
     name="hyperconnections",
+    mfu=0.149,
     source="arXiv 2409.19606",
     equation=(
         "H' = A_r^T H + B^T T(A_m^T H), H the residual streams, T attention or MLP\n"

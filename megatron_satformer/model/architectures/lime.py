@@ -272,6 +272,7 @@ def router_group(args: Namespace) -> dict[str, dict[str, float]]:
 
 LIME = Architecture(
     name="lime",
+    mfu=0.192,
     source="arXiv 2502.09245",
     equation=(
         "[K'; V']_n,g = sum_l sum_j R_n[g, l, j] [K; V]_l,j\n"

@@ -274,6 +274,7 @@ def why_not_plain(options: Any) -> str | None:
 _ROWS = "it treats linear_qkv as one matrix, and here it is three"
 MUDDFORMER = Architecture(
     name="muddformer",
+    mfu=0.196,
     source="arXiv 2502.12170",
     equation=(
         "X^c_n = sum_j A^c_nj X_j, X_j the output of layer j, is what layer n + 1 reads as c = q, "

@@ -123,6 +123,8 @@ class Architecture:
             its modules heed `DecoderConfig.expects_transformer`.
         gates: what `output_gates=True` gives, for the card; None: nothing.
         layers_note: exported configuration -> what the card says of its layers.
+        mfu: model FLOPs utilization of one GPU, of the plain Transformer's FLOPs, for plans; see
+            docs/performance.md. None: not timed; plans then count what it adds.
         paper: its layouts in other repositories; what ours can be turned into is the first that
             does not refuse it.
         controls: what it is compared to beside other architectures: name -> own options that make
@@ -153,6 +155,7 @@ class Architecture:
     from_transformer: str | None = "its layers read no checkpoint without its own tensors"
     gates: str | None = None
     layers_note: Callable[[Any], str] = lambda config: ""
+    mfu: float | None = None
     paper: tuple[PaperLayout, ...] = ()
     controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

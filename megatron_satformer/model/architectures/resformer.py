@@ -195,6 +195,7 @@ def _mixes_in_fewer(options: Any) -> str | None:
 _FAR = "its lambdas start far from a Transformer's"
 RESFORMER = Architecture(
     name="resformer",
+    mfu=0.231,
     source="arXiv 2410.17897",
     equation=(
         "V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n"

@@ -301,6 +301,7 @@ def _widened(linear_qkv: Any) -> Any:
 _FORMAT = "only torch_dist checkpoints store gates apart"
 SATFORMER = Architecture(
     name="satformer",
+    mfu=0.234,
     source="arXiv 2605.03953",
     equation=(
         "V'_n = V_n + alpha_n V_1, in layers n that mix\n"

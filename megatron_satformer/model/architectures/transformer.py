@@ -5,6 +5,7 @@ from megatron_satformer.model.architectures.record import Architecture
 
 TRANSFORMER = Architecture(
     name="transformer",
+    mfu=0.241,
     source="",
     equation="V'_n = V_n\n(no value residual)",
     about="It is a plain Transformer",
