@@ -1,12 +1,12 @@
-"""Megatron's GPTDataset with a loss mask that is read from disk; see loss_masks."""
+"""GPTDataset with a loss mask that is read from disk; see loss_masks."""
 
 import copy
 from typing import Any
 
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_satformer.data.training.gpt_dataset import GPTDataset
 from megatron_satformer.data.training.loss_masks import has_mask, mask_prefix
 
 
@@ -33,7 +33,8 @@ class MaskedGPTDataset(GPTDataset):
         if self.mask is not None:
             twin = copy.copy(self)  # the same indices, over the other file
             twin.dataset = self.mask
-            marks, _, _ = twin._query_document_sample_shuffle_indices(0 if idx is None else idx)
+            read = super(GPTDataset, twin)._query_document_sample_shuffle_indices  # Megatron's
+            marks, _, _ = read(0 if idx is None else idx)
             marked = torch.from_numpy(marks[1:] == 1)
             sample["loss_mask"] = sample["loss_mask"] * marked  # not in place: it may be a cache
         return sample
