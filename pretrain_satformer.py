@@ -55,12 +55,14 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, metrics, refusals, required, step_checks
+from megatron_satformer import arguments, metrics, refusals, required, step_checks, stopping
 from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
+from megatron_satformer.checkpoint.megatron import saving
 from megatron_satformer.checkpoint.megatron.recovery import is_torn, recover
 from megatron_satformer.checkpoint.megatron.resume import Resumed, check_resume, hand_on
+from megatron_satformer.checkpoint.megatron.room import check_room
 from megatron_satformer.checkpoint.megatron.source import starts_from_transformer
 from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
@@ -69,6 +71,7 @@ from megatron_satformer.data.training import index_cache, loss_masks, preflight
 from megatron_satformer.data.training.gpt_dataset import GPTDataset, build_dataset_config
 from megatron_satformer.data.training.masked_dataset import MaskedGPTDataset
 from megatron_satformer.data.training.samples import planned_samples
+from megatron_satformer.files.run_lock import claim
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec
@@ -327,6 +330,7 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
         required.check_required(preview)
         cuda = choose_device(preview.device)
         args, model = resolve(preview, cuda)
+        stopping.activate(args)
         if args.rank == 0:
             begun = compare_and_report(args, model, cuda)
     checks = step_checks.activate(args, preview.check_for_nan_in_loss_and_grad)
@@ -344,6 +348,8 @@ def resolve(preview: Any, cuda: bool) -> tuple[Any, DecoderModelConfig]:
     check_options(preview)
     refusals.check_arguments(preview, cuda)
     check_layout(preview)
+    if preview.rank == 0 and not preview.dry_run:
+        claim(preview.save)
     recover(preview)  # before anything reads what --load holds
     defaults = arguments.resolve_defaults(preview, cuda)
     metrics.hold_arguments()
@@ -368,6 +374,7 @@ def compare_and_report(
     data = describe_data(args, None if args.mock_data else check_data())
     resumed = Resumed() if args.dry_run and is_torn(args) else check_resume(args, data)
     hand_on(args, resumed.args, get_tokenizer().vocab_size)
+    check_room(args, model.transformer)
     noted = {name: value for name, value in vars(args).items() if name not in given}
     samples = planned_samples(vars(args))
     if samples is not None:
@@ -406,6 +413,7 @@ def main() -> None:
             groups.pp, model.transformer, evaluated, is_one_stream(args)
         )
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
+    saving.activate(args, usage_errors)
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
     kind = ModelType.encoder_or_decoder
     pretrain(container, choose_provider(going_on), kind, forward_step, **communication)

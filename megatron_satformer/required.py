@@ -22,7 +22,8 @@ SMALLEST = {
     log_memory_interval check_weight_hash_across_dp_replicas_interval lr_decay_iters
     lr_decay_samples eval_global_batch_size eval_micro_batch_size train_iters train_samples
     save_activations_interval save_tokens_per_expert_interval save_wgrads_interval
-    save_dgrads_interval train_sync_interval non_persistent_save_interval""",
+    save_dgrads_interval train_sync_interval non_persistent_save_interval keep_last
+    exit_duration_in_mins""",
     0: """eval_interval eval_iters exit_interval num_workers lr_warmup_iters lr_warmup_samples
     lr min_lr lr_warmup_init lr_warmup_fraction lr_wsd_decay_iters lr_wsd_decay_samples
     weight_decay clip_grad start_eval_at_iter manual_gc_interval skip_nan_steps""",
@@ -79,6 +80,7 @@ def check_required(preview: Namespace) -> None:
     _check_intervals(preview)
     _check_recompute(preview)
     _check_overlap(preview)
+    _check_keep_last(preview)
     if preview.log_progress and preview.save is None:
         raise ValueError(
             "log_progress (True) must come with save (None), the folder of its file. Add --save."
@@ -178,6 +180,21 @@ def _check_overlap(preview: Namespace) -> None:
         raise ValueError(
             "overlap_param_gather (True) must come with overlap_grad_reduce (False). Add "
             "--overlap-grad-reduce."
+        )
+
+
+def _check_keep_last(preview: Namespace) -> None:
+    if preview.keep_last is None:
+        return
+    asked = f"keep_last ({preview.keep_last})"
+    if preview.save is None:
+        raise ValueError(
+            f"{asked} must come with save (None), the folder of the steps. Add --save."
+        )
+    if preview.ckpt_format != "torch_dist" or "://" in preview.save:
+        raise ValueError(
+            f"{asked} must come with ckpt_format (torch_dist), not ({preview.ckpt_format}), and a "
+            f"save ({preview.save}) on a file system. Leave it out, or use --save-retain-interval."
         )
 
 

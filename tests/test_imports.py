@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "config": set(),
     "arguments": {"cli", "config", "layout", "model", "plan_options", "required", "sizes"},
     "required": {"fitting"},
+    "stopping": set(),
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
@@ -52,8 +53,10 @@ ONLY_IN = {
         "config",
         "backend/parameter_groups",
         "backend/schedule",
+        "checkpoint/megatron/saving",
         "metrics",
         "step_checks",
+        "stopping",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},
