@@ -3,13 +3,18 @@
 Must not know: which.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedStateDict
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.architectures.record import OwnTensor
+from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.unsupported import Row
 
 _STATIC = "what layers carry would have to be static buffers"
@@ -27,6 +32,8 @@ class ExtendedLayer(TransformerLayer):
     """TransformerLayer whose own tensors keep their init with --from-transformer."""
 
     config: DecoderConfig
+    # What layer L reads the last time; the decoder owns it: layers are alike then.
+    _end: tuple["EndModule", ...] = ()
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -47,6 +54,60 @@ class ExtendedLayer(TransformerLayer):
                 if getattr(entry, "key", None) in own:  # a norm's is not its name here
                     entries[name] = LocalNonpersistentObject(entry.data)
         return entries
+
+
+class EndModule(MegatronModule):
+    """What belongs to the whole model and is used by layer L alone, under the decoder's name.
+
+    Args:
+        config: of the model.
+        tensors: its own.
+        tp_group: over which it is replicated.
+    """
+
+    config: Any
+
+    def __init__(self, config: DecoderConfig, tensors: Sequence[OwnTensor], tp_group: Any) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        for tensor in tensors:
+            add_coefficients(self, tensor)
+
+    # MegatronModule.sharded_state_dict, 0.19.2: as ExtendedLayer's.
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's entries; none are looked for where a plain Transformer's are expected."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.config.expects_transformer:
+            return {name: LocalNonpersistentObject(e.data) for name, e in entries.items()}
+        return entries
+
+
+def attach_end(chunk: Any, name: str, kind: type[EndModule]) -> None:
+    """Give the chunk that has layer L what the whole model owns.
+
+    Args:
+        chunk: a GPTModel, not wrapped yet.
+        name: of the module, below "decoder.".
+        kind: its class.
+    """
+    decoder, config = chunk.decoder, chunk.config
+    if not decoder.layers or decoder.layers[-1].layer_number != config.num_layers:
+        return
+    tensors = find_architecture(config.architecture).tensors(config, 0)
+    if tensors:
+        module = kind(config, tensors, decoder.pg_collection.tp)
+        setattr(decoder, name, module)
+        decoder.layers[-1]._end = (module,)  # in a tuple, so that the layer does not own it too
+
+
+def add_coefficients(module: MegatronModule, tensor: OwnTensor) -> None:
+    """Make the parameter of a module that is applied to tensors like hidden_states."""
+    build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
+    with torch.device("cpu"):  # a model may be built on another, meta among them
+        values = tensor.start(tensor.shape)
+    setattr(module, tensor.megatron.rpartition(".")[2], build(module.config, values))
 
 
 def _transformer_was_read(layer: ExtendedLayer, _: Any) -> None:
