@@ -48,7 +48,8 @@ class DepthQuery(nn.Module):
         scores = [(x @ weight) * norm for x, norm in zip(wide, norms, strict=True)]
         weights = torch.stack(scores, dim=-1).softmax(-1)  # [b, s, sources]
         terms = [w.unsqueeze(-1) * x for w, x in zip(weights.unbind(-1), wide, strict=True)]
-        return sum(terms).to(sources[0].dtype)
+        total = sum(terms[1:], terms[0])
+        return total.to(sources[0].dtype)
 
 
 class AttnResLayer(DecoderLayer):

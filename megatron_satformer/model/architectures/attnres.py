@@ -28,15 +28,14 @@ from torch import Tensor
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.extended import (
     REFUSES,
-    EndModule,
+    Coefficients,
     ExtendedLayer,
     attach_end,
 )
-from megatron_satformer.model.architectures.hyperconnections import leave_residual_out
+from megatron_satformer.model.architectures.hyperconnections import NO_RESIDUAL, leave_residual_out
 from megatron_satformer.model.architectures.layouts import FLA, PaperLayout
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.mixing import normed_products, weighted_sum
-from megatron_satformer.unsupported import Row
 
 BLOCKS = 8  # as many as the paper has, where nobody says how long one is
 
@@ -95,7 +94,7 @@ def begins_block(options: Any, n: int) -> bool:
     return options.attnres_form == "full" or (n - 1) % block_layers(options) == 0
 
 
-class DepthQuery(EndModule):
+class DepthQuery(Coefficients):
     """What one reader reads of all sources."""
 
     def forward(self, sources: Sequence[Tensor]) -> Tensor:
@@ -145,7 +144,7 @@ class AttnResLayer(ExtendedLayer):
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
         *ended, newest = _add(sources, out, full)
-        for final_query in self._end:
+        for final_query in self.end:
             return final_query((*ended, newest)), ()
         return newest, tuple(ended)
 
@@ -219,10 +218,7 @@ ATTNRES = Architecture(
     carry=carry,
     tensors=own_tensors,
     finish=lambda chunk, place: attach_end(chunk, "final_res", DepthQuery),
-    refuses=(
-        *REFUSES,
-        Row("fused_residual_rmsnorm", "its norms hand on a residual that is added to nothing here"),
-    ),
+    refuses=(*REFUSES, NO_RESIDUAL),
     defaults=lambda preview: {"bias_dropout_fusion": False},  # of an add that does not happen
     from_transformer=None,
     paper=(

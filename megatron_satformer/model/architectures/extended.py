@@ -4,6 +4,7 @@ Must not know: which.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron_satformer.model.architectures.record import OwnTensor
 from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.unsupported import Row
 
+SEED = 1234  # Megatron's --seed, where none is given
 _STATIC = "what layers carry would have to be static buffers"
 # Megatron's options that cannot be used where what a layer made is read by later ones.
 REFUSES = (
@@ -32,8 +34,8 @@ class ExtendedLayer(TransformerLayer):
     """TransformerLayer whose own tensors keep their init with --from-transformer."""
 
     config: DecoderConfig
-    # What layer L reads the last time; the decoder owns it: layers are alike then.
-    _end: tuple["EndModule", ...] = ()
+    # What layer L, and no other, uses; the decoder owns it, so that layers are alike.
+    end: tuple["Coefficients", ...] = ()
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -56,13 +58,13 @@ class ExtendedLayer(TransformerLayer):
         return entries
 
 
-class EndModule(MegatronModule):
-    """What belongs to the whole model and is used by layer L alone, under the decoder's name.
+class Coefficients(MegatronModule):
+    """Parameters applied to tensors like hidden_states, which every rank holds whole.
 
     Args:
         config: of the model.
-        tensors: its own.
-        tp_group: over which it is replicated.
+        tensors: what it holds, named by what stands behind the first dot of their key.
+        tp_group: over which they are replicated.
     """
 
     config: Any
@@ -71,21 +73,41 @@ class EndModule(MegatronModule):
         super().__init__(config)
         self.tp_group = tp_group
         for tensor in tensors:
-            add_coefficients(self, tensor)
+            name = tensor.megatron.partition(".")[2]
+            child, dot, _ = name.partition(".")
+            if dot:
+                within = replace(tensor, megatron=name)
+                self.add_module(child, Coefficients(config, [within], tp_group))
+                continue
+            build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
+            with torch.device("cpu"):  # a model may be built on another, meta among them
+                values = tensor.start(tensor.shape)
+            setattr(self, name, build(config, values))
 
-    # MegatronModule.sharded_state_dict, 0.19.2: as ExtendedLayer's.
+    # MegatronModule.sharded_state_dict, 0.19.2: as ExtendedLayer's, for what no layer owns.
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Megatron's entries; none are looked for where a plain Transformer's are expected."""
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.config.expects_transformer:
-            return {name: LocalNonpersistentObject(e.data) for name, e in entries.items()}
+            own = {prefix + name: p for name, p in self.named_parameters()}
+            entries |= {name: LocalNonpersistentObject(p.data) for name, p in own.items()}
         return entries
 
 
-def attach_end(chunk: Any, name: str, kind: type[EndModule]) -> None:
-    """Give the chunk that has layer L what the whole model owns.
+def seeded_generator(seed: int, place: int) -> torch.Generator:
+    """For the start of a tensor, alike on every rank and in every layout.
+
+    Args:
+        seed: Megatron's --seed.
+        place: which tensor.
+    """
+    return torch.Generator("cpu").manual_seed(1_000_003 * seed + place)
+
+
+def attach_end(chunk: Any, name: str, kind: type[Coefficients]) -> None:
+    """Give the chunk that has layer L what the whole model owns, if it owns anything.
 
     Args:
         chunk: a GPTModel, not wrapped yet.
@@ -93,21 +115,12 @@ def attach_end(chunk: Any, name: str, kind: type[EndModule]) -> None:
         kind: its class.
     """
     decoder, config = chunk.decoder, chunk.config
-    if not decoder.layers or decoder.layers[-1].layer_number != config.num_layers:
-        return
     tensors = find_architecture(config.architecture).tensors(config, 0)
-    if tensors:
+    last = decoder.layers[-1] if decoder.layers else None
+    if tensors and last is not None and last.layer_number == config.num_layers:
         module = kind(config, tensors, decoder.pg_collection.tp)
         setattr(decoder, name, module)
-        decoder.layers[-1]._end = (module,)  # in a tuple, so that the layer does not own it too
-
-
-def add_coefficients(module: MegatronModule, tensor: OwnTensor) -> None:
-    """Make the parameter of a module that is applied to tensors like hidden_states."""
-    build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
-    with torch.device("cpu"):  # a model may be built on another, meta among them
-        values = tensor.start(tensor.shape)
-    setattr(module, tensor.megatron.rpartition(".")[2], build(module.config, values))
+        last.end = (module,)  # in a tuple, so that the layer does not own it too
 
 
 def _transformer_was_read(layer: ExtendedLayer, _: Any) -> None:

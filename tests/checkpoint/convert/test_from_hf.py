@@ -256,7 +256,9 @@ def test_the_start_computes_the_transformer_and_learns(run, qwen, tmp_path, arch
     run(1, made, "--load", tmp_path / "start", "--save", tmp_path / "start", "--train-iters", 4)
     assert open_checkpoint(tmp_path / "start").step == 4
     stored = read_layers(tmp_path / "start")
-    learnt = [(stored[key] - start).abs() for key, start in own.items()]
+    still = "decoder.layers.0.self_attention_res."  # it weighs one source, and has no gradient
+    moved = {key: (stored[key] - start).abs() for key, start in own.items()}
+    learnt = [tensor for key, tensor in moved.items() if not key.startswith(still)]
     assert all(tensor.any() for tensor in learnt)
     # the steps of a single number may undo each other
     assert all(tensor.max() > 1e-3 for tensor in learnt if tensor.numel() > 1)

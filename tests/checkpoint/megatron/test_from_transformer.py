@@ -25,6 +25,7 @@ STARTABLE = [a.name for a in all_architectures() if a.from_transformer is None]
 EXACT = {
     "satformer": "--value-gate-init-std 0 --value-gate tanh",
     "lime": "--lime-router-init identity",
+    "mhc": "--mhc-start transformer",
 }
 LAYOUTS = {
     "one rank": (1, ""),
