@@ -54,6 +54,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
+    "rms_norm_eps": 1e-12,  # it sees by how much attnres divides what its norms read
     "bos_token_id": None,
     "eos_token_id": 2,
 }
@@ -69,6 +70,8 @@ CASES = build_cases(
     {"mudd_form": "released"},
     {"mudd_form": "baseline", "mudd_ffn_realloc": True},
     {"hc_form": "baseline"},
+    {"attnres_form": "full"},
+    {"hc_streams": 2, "mhc_residual": "plain", "mhc_collapse": "head"},
 )
 STOCK = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_theta=5e5),
