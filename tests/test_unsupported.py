@@ -72,9 +72,9 @@ OURS = {name for name in CARRYING if TABLE[name].startswith("megatron_satformer.
     [
         ("qk_clip", True, {*"satformer lime muddformer".split()}),
         ("ckpt_format", "torch", {"satformer"}),
-        ("optimizer", "soap", {*"satformer hyperconnections muddformer".split()}),
+        ("optimizer", "soap", {*"satformer hyperconnections muddformer mhc".split()}),
         ("fp8_param_gather", True, {"satformer"}),
-        ("fused_residual_rmsnorm", True, {"hyperconnections"}),
+        ("fused_residual_rmsnorm", True, {*"hyperconnections attnres mhc".split()}),
         ("use_megatron_fsdp", True, OURS),
         ("cuda_graph_impl", "local", OURS),
     ],

@@ -65,8 +65,24 @@ def normed_products(
     Returns:
         [..., n, k], in float32 at least.
     """
-    products, squares = _Products.apply(fused, weight, *sources)
-    return products * torch.rsqrt(squares + eps)
+    found, squares = products(sources, weight, fused=fused)
+    return found * torch.rsqrt(squares + eps)
+
+
+def products(
+    sources: Sequence[Tensor], weight: Tensor, *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """For a norm behind it: x @ weight of every x, [..., n, k]; the mean of x^2, [..., n, 1].
+
+    Args:
+        sources: n tensors [..., d] of one dtype; references to them are all that is kept.
+        weight: [d, k].
+        fused: as `mix`'s.
+
+    Returns:
+        Both in float32 at least.
+    """
+    return _Products.apply(fused, weight, *sources)
 
 
 def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:

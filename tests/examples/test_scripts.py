@@ -46,6 +46,8 @@ ADDED = {
     "hyperconnections": (101_948, 222_120, 351_196, 591_072),
     "lime": (9_360, 43_520, 108_864, 306_176),
     "muddformer": (232_752, 785_380, 1_287_912, 2_675_046),
+    "attnres": (35_328, 75_776, 119_808, 200_704),
+    "mhc": (1_622_610, 3_539_916, 5_604_354, 9_438_480),
 }
 # One size of all, and all of one.
 EVERY = pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def sums(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def products(dtype: torch.dtype) -> Iterator[Case]:
-    for tokens, d, k in ((10, 7, 3), (70, 130, 17), (33, 768, 6)):
+    for tokens, d, k in ((10, 7, 3), (70, 130, 17), (33, 768, 6), (33, 40, 1)):
         inputs = [_randn(k, d), *(_odd_place(tokens, 2, d, dtype=dtype) for _ in range(3))]
 
         def run(weight: Tensor, *sources: Tensor, fused: bool) -> tuple[Tensor, ...]:

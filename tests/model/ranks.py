@@ -254,8 +254,11 @@ def starts_as_a_transformer(options: dict[str, Any]) -> None:
             close(name, parameter.grad, shared[name].grad)
 
 
-def holds_for_backward(options: dict[str, Any], most: float) -> None:
-    """Per layer, at most so many tensors like hidden_states more than a plain Transformer's."""
+def holds_for_backward(options: dict[str, Any], most: float, times: float = 9.0) -> None:
+    """Per layer, at most so many tensors like hidden_states more than a plain Transformer's.
+
+    And at most so many times what that one holds.
+    """
     start()
     held = []
     for given in (options, _plain(options)):
@@ -277,6 +280,7 @@ def holds_for_backward(options: dict[str, Any], most: float) -> None:
         held.append((bytes_of[1] - bytes_of[0]) / 2 / one)
     print(f"held per layer: {held[0]:.2f}, a Transformer {held[1]:.2f}")
     assert held[0] - held[1] <= most, held
+    assert held[0] <= times * held[1], held
 
 
 def zero_gate_is_transformer() -> None:

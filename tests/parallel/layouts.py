@@ -39,6 +39,10 @@ WITH_HEADS = tuple(a.name for a in all_architectures() if carries(a).heads)
 DILATED = tuple(a.name for a in all_architectures() if "dwa_dilation" in a.own_options)
 NORMED = tuple(a.name for a in all_architectures() if "mudd_prepost_norm" in a.own_options)
 STREAMED = tuple(a.name for a in all_architectures() if "hc_form" in a.own_options)
+SOURCED = tuple(a.name for a in all_architectures() if "attnres_form" in a.own_options)
+MANIFOLD = tuple(a.name for a in all_architectures() if "mhc_collapse" in a.own_options)
+# They stand on the same pieces as those before them: fewer layouts show what is their own.
+OFTEN = tuple(name for name in CARRYING if name not in SOURCED + MANIFOLD)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
@@ -67,7 +71,7 @@ class Row:
     model: str = ""
     architectures: tuple[str, ...] = EVERY
     fast: tuple[str, ...] = ()
-    few: tuple[str, ...] = CARRYING
+    few: tuple[str, ...] = OFTEN
 
 
 ROWS = (
@@ -78,7 +82,7 @@ ROWS = (
     Row("PP2", 2, PP2, fast=(PLAIN, *GATED)),
     Row("PP4", 4, PP4),
     Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=CARRYING),
-    Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8"),
+    Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8", few=CARRYING),
     Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
     Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3"),
     Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=GATED),
@@ -86,7 +90,7 @@ ROWS = (
     Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=GATED),
     Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L"),
     Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
-    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=CARRYING),
+    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=OFTEN),
     Row("TP2 x PP2 x DP2, distributed optimizer", 8, f"{TP2} {PP2} {OPTIMIZER}", fast=GATED),
     Row("TP2 x PP2 x DP2 + SP, distributed optimizer", 8, f"{TP2} {PP2} {SP} {OPTIMIZER}"),
     Row("DP2, distributed optimizer", 2, OPTIMIZER, fast=GATED),
@@ -107,7 +111,7 @@ ROWS = (
     Row("recompute full, uniform", 1, UNIFORM),
     Row("recompute full, block", 1, BLOCK),
     Row("recompute selective", 1, SELECTIVE),
-    Row("PP2, recompute full, uniform", 2, f"{PP2} {UNIFORM}", fast=GATED),
+    Row("PP2, recompute full, uniform", 2, f"{PP2} {UNIFORM}", fast=GATED, few=CARRYING),
     Row("PP2, recompute full, block", 2, f"{PP2} {BLOCK}"),
     Row("PP2, recompute selective", 2, f"{PP2} {SELECTIVE}"),
     Row(
@@ -168,6 +172,30 @@ ROWS = (
         f"{TP2} {PP2} {SP}",
         "--hc-form baseline",
         STREAMED,
+    ),
+    Row(
+        "PP2 x 2 virtual, layout Et|ttt|tt|ttL, blocks of 3",
+        2,
+        f"{PP2} {LAYOUT} Et|ttt|tt|ttL",
+        "--num-layers 8 --attnres-block-layers 3",
+        SOURCED,
+        few=SOURCED,
+    ),
+    Row(
+        "TP2 x PP2 + SP, every sublayer a source",
+        4,
+        f"{TP2} {PP2} {SP}",
+        "--attnres-form full",
+        SOURCED,
+        few=SOURCED,
+    ),
+    Row(
+        "TP2 x PP2 + SP, plain side, learned head",
+        4,
+        f"{TP2} {PP2} {SP}",
+        "--mhc-residual plain --mhc-collapse head",
+        MANIFOLD,
+        few=MANIFOLD,
     ),
     *(
         Row(f"TP2, {gate} gate", 2, TP2, f"--value-gate {gate}", GATED)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN
-from tests.parallel.layouts import CARRYING, GATED, MIXING
+from tests.parallel.layouts import CARRYING, GATED, MIXING, OFTEN
 from tests.small import PP2, SHAPE
 
 MICRO_BATCHES = 4  # as SHAPE has them
@@ -57,8 +57,9 @@ LAYOUTS = {
 CASES = [
     (name, architecture)
     for name, layout in LAYOUTS.items()
-    for architecture in (MIXING if layout.model else CARRYING)
+    for architecture in (MIXING if layout.model else OFTEN)
 ]
+CASES += [("PP2 x 2 virtual", name) for name in CARRYING if name not in OFTEN]
 FAST = [(layout, name) for layout in ("PP2", "PP2 x 2 virtual") for name in GATED]
 
 

@@ -6,7 +6,7 @@ import torch
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
 from megatron_satformer.checkpoint.megatron.reader import open_checkpoint
 from megatron_satformer.model.architectures import PLAIN
-from tests.parallel.layouts import CARRYING, GATED, MIXING
+from tests.parallel.layouts import CARRYING, GATED, MIXING, OFTEN
 from tests.small import DO, PP2, RTOL, SHAPE, SP, TP2
 
 EXPERTS = (
@@ -34,7 +34,8 @@ LAYOUTS = {
 # Megatron's own Transformer beside ours: what it does not keep, nobody can.
 CONTROLS = ("TP2+SP", "PP2 x 2 virtual", "EP2")
 CASES = [(name, layout) for name in GATED for layout in LAYOUTS]
-CASES += [(name, layout) for name in CARRYING if name not in GATED for layout in CONTROLS]
+CASES += [(name, layout) for name in OFTEN if name not in GATED for layout in CONTROLS]
+CASES += [(name, CONTROLS[1]) for name in CARRYING if name not in OFTEN]
 CASES += [(PLAIN, "EP2")]
 FAST = (CASES[3],)
 CASES = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]

@@ -399,10 +399,11 @@ def layers_on_rank(layout: Layout, rank: int) -> set[int]:
 
 def of_streams(layout: Layout, model: Model, rank: int) -> int:
     """Numbers in a rank's own tensors that are applied to streams, and not inside attention."""
-    config = model.config(layout)
+    config, layers = model.config(layout), layers_on_rank(layout, rank)
+    whole = {0} if layout.layers in layers else set()  # the model's own, used by its last layer
     return sum(
         prod(tensor.shape)
-        for n in layers_on_rank(layout, rank)
+        for n in layers | whole
         for tensor in find_architecture(model.architecture).tensors(config, n)
         if "layer_norm" in tensor.megatron or not tensor.megatron.startswith("self_attention.")
     )

@@ -204,7 +204,7 @@ def _recognise(content: Mapping[str, Any], where: str) -> tuple[PaperLayout, str
     layouts = [(layout, a.name) for a in all_architectures() for layout in a.paper]
     for layout, architecture in layouts:
         sign = layout.repository.sign
-        if layout.model_type == kind and (sign is None or sign in content):
+        if layout.model_type == kind and (sign is None or content.get(sign) is not None):
             found = layout, architecture
     if found is None:
         kinds = dict.fromkeys(layout.model_type for layout, _ in layouts)

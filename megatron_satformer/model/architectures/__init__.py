@@ -31,6 +31,8 @@ TABLE: dict[str, str] = {
     "hyperconnections": f"{_HERE}.hyperconnections:HYPERCONNECTIONS",
     "lime": f"{_HERE}.lime:LIME",
     "muddformer": f"{_HERE}.muddformer:MUDDFORMER",
+    "attnres": f"{_HERE}.attnres:ATTNRES",
+    "mhc": f"{_HERE}.mhc:MHC",
 }
 for _point in entry_points(group="megatron_satformer.architectures"):
     if TABLE.setdefault(_point.name, _point.value) != _point.value:

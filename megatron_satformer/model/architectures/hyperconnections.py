@@ -20,19 +20,18 @@ Shapes: s sequence, b micro-batch, h hidden, n streams; "/tp": per rank.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
-from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
+from megatron_satformer.model.architectures import find_architecture
+from megatron_satformer.model.architectures.extended import REFUSES, Coefficients, ExtendedLayer
 from megatron_satformer.model.architectures.layouts import PaperLayout
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
-from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.model.mixing import mix, normed_products
 from megatron_satformer.unsupported import Row
 
@@ -41,11 +40,16 @@ BASELINE_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
-class HyperConnectionsOptions:
-    """Hyper-Connections' own options."""
+class StreamOptions:
+    """Options of the architectures that have several residual streams."""
 
     hc_streams: int = 4
-    """Residual streams (hyperconnections)."""
+    """Residual streams (hyperconnections, mhc)."""
+
+
+@dataclass
+class HyperConnectionsOptions(StreamOptions):
+    """Hyper-Connections' own options."""
 
     hc_dynamic: bool = True
     """Let each token add to the learned weights of streams what its streams give
@@ -84,10 +88,7 @@ class HyperConnectionsConfig(DecoderConfig, HyperConnectionsOptions):
     @classmethod
     def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
         """Refuse no streams, and options without effect."""
-        if options.hc_streams < 1:
-            raise ValueError(
-                f"hc_streams ({options.hc_streams}) must be at least 1. Leave it out for 4."
-            )
+        refuse_no_streams(options)
         if not (options.hc_tanh or options.hc_dynamic):
             raise ValueError(
                 "hc_tanh (False) must come with hc_dynamic (True), not (False): weights that are "
@@ -112,31 +113,22 @@ class HyperConnectionsConfig(DecoderConfig, HyperConnectionsOptions):
         return f"{self.architecture}, {self.hc_streams} streams, {kind}{form}"
 
 
+def refuse_no_streams(options: Any) -> None:
+    """Refuse fewer than one residual stream."""
+    if options.hc_streams < 1:
+        raise ValueError(
+            f"hc_streams ({options.hc_streams}) must be at least 1. Leave it out for 4."
+        )
+
+
 def starting_alpha(q: int, streams: int) -> Tensor:
     """A_m, A_r of sublayer q at the start, [n, 1 + n]."""
     identity = torch.eye(streams)
     return torch.cat((identity[:, q % streams, None], identity), dim=1)
 
 
-class HyperConnection(MegatronModule):
-    """How one sublayer reads the streams, and how it writes to them.
-
-    Args:
-        config: the model.
-        q: number of the sublayer in the model, from 0.
-        tp_group: over which it is replicated.
-    """
-
-    config: HyperConnectionsConfig
-
-    def __init__(self, config: HyperConnectionsConfig, q: int, tp_group: Any) -> None:
-        super().__init__(config)
-        self.tp_group = tp_group
-        for name, shape, start in _tensors(config, q):
-            build = stream_projection if len(shape) == 2 else stream_coefficients
-            with torch.device("cpu"):  # a model may be built on another, meta among them
-                values = start(shape)
-            setattr(self, name, build(config, values))
+class HyperConnection(Coefficients):
+    """How one sublayer reads the streams, and how it writes to them; see `_connection`."""
 
     def forward(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Streams [s, b, h] ([s/tp, b, h] under sequence parallelism) -> weights for `mix`.
@@ -165,13 +157,25 @@ class HyperConnection(MegatronModule):
 class HyperConnectionsLayer(ExtendedLayer):
     """ExtendedLayer of streams: hidden_states is the first, `context` the others."""
 
-    config: HyperConnectionsConfig
+    config: Any
+    connection: ClassVar[type[Coefficients]] = HyperConnection
 
-    def __init__(self, config: HyperConnectionsConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        q = 2 * (self.layer_number - 1)
-        self.self_attention_hyper_connection = HyperConnection(config, q, self.tp_group)
-        self.mlp_hyper_connection = HyperConnection(config, q + 1, self.tp_group)
+        tensors = find_architecture(config.architecture).tensors(config, self.layer_number)
+        for name in ("self_attention_hyper_connection", "mlp_hyper_connection"):
+            own = [t for t in tensors if t.megatron.startswith(name)]
+            self.add_module(name, self.connection(config, own, self.tp_group))
+
+    def collapse(self, update: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
+        """What the final norm reads, [s, b, h]: here the sum of what would be the streams.
+
+        Args:
+            update: weights of the streams behind the last sublayer over `sources`.
+            sources: what it computed, and the streams before it.
+        """
+        summed = update.sum(-2, keepdim=True)
+        return mix(summed, sources, fused=self.config.fused_blend)[0]
 
     # TransformerLayer.forward, 0.19.2: what its two halves read is no residual stream, and what
     # they return is not added to one (see without_residual).
@@ -182,7 +186,7 @@ class HyperConnectionsLayer(ExtendedLayer):
         context: tuple[Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Streams -> streams; layer L returns their sum.
+        """Streams -> streams; layer L collapses them.
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] under sequence parallelism).
@@ -204,7 +208,7 @@ class HyperConnectionsLayer(ExtendedLayer):
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
         if self.layer_number == self.config.num_layers:
-            update = update.sum(-2, keepdim=True)  # the sum of what would be the streams
+            return self.collapse(update, (out, *streams)), ()
         hidden_states, *others = summed(update, (out, *streams))
         return hidden_states, tuple(others)
 
@@ -230,6 +234,20 @@ def leave_residual_out(
     return replace(submodules, self_attn_bda=without_residual, mlp_bda=without_residual)
 
 
+NO_RESIDUAL = Row(
+    "fused_residual_rmsnorm", "its norms hand on a residual that is added to nothing here"
+)
+STREAM_REFUSES = (
+    *REFUSES,
+    Row(
+        "optimizer",
+        "not tried with projections of streams",
+        ("adam", "sgd", "lion", "muon", "dist_muon"),
+    ),
+    NO_RESIDUAL,
+)
+
+
 def carry(config: Any, n: int) -> Carry:
     """The streams beside the first."""
     return Carry(streams=config.hc_streams - 1)
@@ -239,40 +257,37 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
     """Of the connections of layer n, attention's and MLP's."""
     if n == 0:
         return []
-    return [
-        OwnTensor(
-            f"{ours}_hyper_connection.{name}",
-            (f"{theirs}_hc.{name}",),
-            shape,
-            fp32=len(shape) == 1,
-            start=start,
-        )
-        for q, ours, theirs in ((2 * n - 2, "self_attention", "attn"), (2 * n - 1, "mlp", "mlp"))
-        for name, shape, start in _tensors(options, q)
-    ]
+    return [*_connection(options, 2 * n - 2), *_connection(options, 2 * n - 1)]
 
 
 Start = Callable[[tuple[int, ...]], Tensor]
 
 
-def _tensors(options: Any, q: int) -> list[tuple[str, tuple[int, ...], Start]]:
-    """Name, shape and values at the start of what the connection of sublayer q has."""
+def connection_tensor(q: int, name: str, shape: tuple[int, ...], start: Start) -> OwnTensor:
+    """Of the connection of sublayer q, from 0; vectors stay in float32."""
+    ours, theirs = (("self_attention", "attn"), ("mlp", "mlp"))[q % 2]
+    key, names = f"{ours}_hyper_connection.{name}", (f"{theirs}_hc.{name}",)
+    return OwnTensor(key, names, shape, fp32=len(shape) == 1, start=start)
+
+
+def _connection(options: Any, q: int) -> list[OwnTensor]:
     n, h = options.hc_streams, options.hidden_size
-    static: list[tuple[str, tuple[int, ...], Start]] = [
-        ("static_beta", (n,), torch.ones),
-        ("static_alpha", (n * (1 + n),), lambda shape: starting_alpha(q, n).view(shape)),
+    build = partial(connection_tensor, q)
+    static = [
+        build("static_beta", (n,), torch.ones),
+        build("static_alpha", (n * (1 + n),), lambda shape: starting_alpha(q, n).view(shape)),
     ]
     if not options.hc_dynamic:
         return static
     scale = partial(torch.full, fill_value=SCALE_INIT)
     if options.hc_form == "baseline":
-        static.append(("norm_gain", (h,), torch.ones))
+        static.append(build("norm_gain", (h,), torch.ones))
     return [
         *static,
-        ("dynamic_beta_proj", (h, 1), torch.zeros),
-        ("dynamic_alpha_proj", (h, 1 + n), torch.zeros),
-        ("dynamic_beta_scale", (1,), scale),
-        ("dynamic_alpha_scale", (1,), scale),
+        build("dynamic_beta_proj", (h, 1), torch.zeros),
+        build("dynamic_alpha_proj", (h, 1 + n), torch.zeros),
+        build("dynamic_beta_scale", (1,), scale),
+        build("dynamic_alpha_scale", (1,), scale),
     ]
 
 
@@ -309,15 +324,7 @@ HYPERCONNECTIONS = Architecture(
     adapt=leave_residual_out,
     carry=carry,
     tensors=own_tensors,
-    refuses=(
-        *REFUSES,
-        Row(
-            "optimizer",
-            "not tried with projections of streams",
-            ("adam", "sgd", "lion", "muon", "dist_muon"),
-        ),
-        Row("fused_residual_rmsnorm", "its norms hand on a residual that is added to nothing here"),
-    ),
+    refuses=STREAM_REFUSES,
     defaults=lambda preview: {"bias_dropout_fusion": False},  # of an add that does not happen
     from_transformer=None,
     paper=(

@@ -4,7 +4,7 @@ Must not know: any architecture.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -14,7 +14,8 @@ class Repository:
 
     Attributes:
         name: for messages.
-        sign: key that the config.json of its models alone has; None: where no other's is there.
+        sign: key that the config.json of its models alone has, not null; None: where no other's is
+            there.
         names: pattern in our tensors' names -> what it becomes in theirs, as re.sub has them.
         fields: our field -> theirs, where the value is the same.
         rope_theta: its name of that.
@@ -100,6 +101,14 @@ PAPER = Repository(
     qk_norm_eps=1e-5,
 )
 """Of arXiv 2605.03953."""
+
+FLA = replace(
+    PAPER,
+    name="flash-linear-attention",
+    sign="attnres_block_size",
+    defaults={**PAPER.defaults, "attnres_block_size": None},
+)
+"""The library whose names that repository took over; its Transformer has more options."""
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_satformer.config import DecoderConfig
+from megatron_satformer.model.architectures.extended import SEED, Coefficients, seeded_generator
 from megatron_satformer.model.architectures.record import OwnTensor
-from megatron_satformer.model.coefficients import stream_coefficients, stream_projection
 from megatron_satformer.model.mixing import mix, normed_products
 
 NUM_WAYS = 4  # q, k, v and the residual
 POST_GAIN = 1e-3
-SEED = 1234  # Megatron's --seed, where none is given
 
 
 def starting_projection(shape: tuple[int, ...], seed: int = SEED) -> Tensor:
-    """W1 with variance 1/h, the same on every rank; of another seed, and in each layer, another."""
-    generator = torch.Generator("cpu").manual_seed(1_000_003 * seed + shape[0])
+    """W1 with variance 1/h; of another seed, and in each layer, another."""
+    generator = seeded_generator(seed, shape[0])
     return torch.randn(shape, generator=generator, device="cpu") * shape[1] ** -0.5
 
 
@@ -41,28 +38,8 @@ def starting_weights(shape: tuple[int, ...], ways: int) -> Tensor:
     return weights
 
 
-class Aggregate(MegatronModule):
-    """X_0 .. X_n -> X^c_n of every way.
-
-    Args:
-        config: of the model.
-        ways: C.
-        tensors: what it holds: `aggregate_tensors`.
-        tp_group: over which it is replicated.
-    """
-
-    config: Any
-
-    def __init__(
-        self, config: DecoderConfig, ways: int, tensors: Sequence[OwnTensor], tp_group: Any
-    ) -> None:
-        super().__init__(config)
-        self.ways, self.tp_group = ways, tp_group
-        for tensor in tensors:
-            build = stream_projection if len(tensor.shape) > 1 else stream_coefficients
-            with torch.device("cpu"):  # wherever the model is built
-                values = tensor.start(tensor.shape)
-            setattr(self, tensor.megatron.rpartition(".")[2], build(config, values))
+class Aggregate(Coefficients):
+    """X_0 .. X_n -> X^c_n of every way; its tensors are `aggregate_tensors`."""
 
     def forward(self, history: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """X_0 .. X_n, [s, b, h] ([s/tp, b, h] under sequence parallelism) -> C such tensors."""
@@ -70,7 +47,7 @@ class Aggregate(MegatronModule):
         weights = F.gelu(normed_products(history[-1:], self.w1.t(), eps, fused=fused).squeeze(-2))
         # [s, b, width], in float32 at least
         weights = weights @ self.w2.t().to(weights.dtype) + self.static.to(weights.dtype)
-        weights = weights.unflatten(-1, (self.ways, -1))  # [s, b, C, n + 1]
+        weights = weights.unflatten(-1, (-1, len(history)))  # [s, b, C, n + 1]
         if not self.config.mudd_prepost_norm:
             return mix(weights, history, fused=fused)
         gains = self.pre_gains, self.post_gains

@@ -183,7 +183,7 @@ class MuddFormerLayer(ExtendedLayer):
         self._norms_were_one = config.expects_transformer
         if n > 1:
             reads = aggregate_tensors(config, n - 1)
-            self.aggregate = Aggregate(config, NUM_WAYS, reads, self.tp_group)
+            self.aggregate = Aggregate(config, reads, self.tp_group)
         if has_ways(config, n):
             # A norm in the local backend; IdentityOp where Transformer Engine fuses it.
             self.input_layernorm = WayNorms(config, submodules.input_layernorm, self.tp_group)
@@ -192,7 +192,7 @@ class MuddFormerLayer(ExtendedLayer):
             self.register_load_state_dict_post_hook(_spread_norm)
         if n == config.num_layers:
             follows = aggregate_tensors(config, n)
-            self.final_aggregate = Aggregate(config, 1, follows, self.tp_group)
+            self.final_aggregate = Aggregate(config, follows, self.tp_group)
 
     def _build_mlp(self, build: Callable[..., Any], *, config: Any, **kwargs: Any) -> Any:
         # MLP (0.19.2) takes the width of its second linear from the config alone.

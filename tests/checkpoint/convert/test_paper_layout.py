@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,7 @@ CASES = {
 EXACT = {
     "hyperconnections": {"hc_form": "baseline"},
     "muddformer": {"mudd_form": "baseline", "mudd_prepost_norm": True},
+    "attnres": {"attnres_block_layers": 2},
 }
 THEIRS = [name for name in TABLE if find_architecture(name).paper]
 # of those that once had one class, the keys of their own in their config.json
@@ -334,6 +338,44 @@ def test_streams_with_another_norm_are_refused(tmp_path):
     with pytest.raises(ValueError, match=told):
         convert_to_paper(tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(find_spec, ("fla", "einops"))), reason="flash-linear-attention is not installed"
+)
+@pytest.mark.parametrize("form", [{"attnres_block_layers": 2}, {"attnres_form": "full"}], ids=str)
+def test_the_library_that_has_attention_residuals_computes_the_same(tmp_path, form):
+    """flash-linear-attention loads what to-paper writes, and gives our logits."""
+    twin = build_reference(architecture="attnres", num_hidden_layers=5, qk_norm=True, **form)
+    save_exported(twin, tmp_path / "ours", qk_norm_eps=1e-5)
+    convert_to_paper(tmp_path / "ours", tmp_path / "theirs")
+    model = model_class("attnres").from_pretrained(tmp_path / "ours").eval()
+    ids = torch.randint(twin.config.vocab_size, (2, 13))
+    torch.save(ids, tmp_path / "ids")
+    names = [tmp_path / name for name in ("theirs", "ids", "logits")]
+    script = [sys.executable, Path(__file__).with_name("in_fla.py"), *names]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits = torch.load(tmp_path / "logits")
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_blocks_that_end_inside_of_a_layer_are_refused(tmp_path):
+    save_exported(build_reference(architecture="attnres"), tmp_path / "ours", qk_norm_eps=1e-5)
+    convert_to_paper(tmp_path / "ours", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    content = json.loads(file.read_text())
+    assert content["attnres_block_size"] == 2  # of sublayers
+    file.write_text(json.dumps(content | {"attnres_block_size": 3}))
+    with pytest.raises(ValueError, match=r"attnres_block_size \(3\) of .* must be 1 or 2 or 4"):
+        convert_from_paper(tmp_path / "theirs", tmp_path / "back")
+    file.write_text(json.dumps(content | {"attnres_block_size": None}))  # no AttnRes at all
+    with pytest.raises(ValueError, match=r"attn_res_norm.weight is not known"):
+        convert_from_paper(tmp_path / "theirs", tmp_path / "back")
 
 
 @pytest.mark.parametrize("architecture", THEIR_OPTIONS)

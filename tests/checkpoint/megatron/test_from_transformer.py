@@ -25,6 +25,7 @@ STARTABLE = [a.name for a in all_architectures() if a.from_transformer is None]
 EXACT = {
     "satformer": "--value-gate-init-std 0 --value-gate tanh",
     "lime": "--lime-router-init identity",
+    "mhc": "--mhc-start transformer",
 }
 LAYOUTS = {
     "one rank": (1, ""),
@@ -39,7 +40,8 @@ LAYOUTS = {
 def transformer(pretrain, data_flags, tmp_path_factory):
     """Flags of the shape, the folder of a trained Transformer, its losses when started again."""
     folder = tmp_path_factory.mktemp("transformer")
-    flags = [*SHAPE, *GQA, *data_flags]
+    # the epsilon sees by how much attnres divides what its norms read
+    flags = [*SHAPE, *GQA, *data_flags, "--norm-epsilon", "1e-12"]
     training = ["--architecture", "transformer", "--train-iters", STEPS]
     pretrain(1, *flags, *training, "--save", folder, "--save-interval", STEPS)
     again = pretrain(1, *flags, *training, "--load", folder, "--finetune")
