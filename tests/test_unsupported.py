@@ -70,7 +70,7 @@ OURS = {name for name in CARRYING if TABLE[name].startswith("megatron_satformer.
 @pytest.mark.parametrize(
     ("option", "value", "by"),
     [
-        ("qk_clip", True, {*"satformer lime muddformer".split()}),
+        ("qk_clip", True, {*"satformer lime muddformer depth_attention".split()}),
         ("ckpt_format", "torch", {"satformer"}),
         ("optimizer", "soap", {*"satformer hyperconnections muddformer".split()}),
         ("fp8_param_gather", True, {"satformer"}),

@@ -91,7 +91,7 @@ class ResFormerModel(ResFormerPreTrainedModel, DecoderModel):
         self.value_residual = ResFormerValueResidual(config)
         self.post_init()
 
-    def start(self) -> tuple[Tensor, ...]:
+    def start(self, input_ids: Tensor | None) -> tuple[Tensor, ...]:
         """lambda1 of all layers that mix, [m]."""
         return (self.value_residual(),)
 

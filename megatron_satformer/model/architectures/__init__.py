@@ -30,6 +30,7 @@ TABLE: dict[str, str] = {
     "denseformer": f"{_HERE}.denseformer:DENSEFORMER",
     "hyperconnections": f"{_HERE}.hyperconnections:HYPERCONNECTIONS",
     "lime": f"{_HERE}.lime:LIME",
+    "depth_attention": f"{_HERE}.depth_attention:DEPTH_ATTENTION",
     "muddformer": f"{_HERE}.muddformer:MUDDFORMER",
 }
 for _point in entry_points(group="megatron_satformer.architectures"):

@@ -55,7 +55,7 @@ class ResFormer(Decoder):
         lambdas.lambda_logits = nn.Parameter(torch.zeros(len(config.mixing_layers)))
         lambdas.lambda_scale = nn.Parameter(torch.full((1,), float(config.num_hidden_layers)))
 
-    def start(self) -> Carried:
+    def start(self, input_ids: Tensor) -> Carried:
         """lambda1 of all layers that mix, [m]."""
         lambdas = self.model.value_residual
         return (lambdas.lambda_scale * lambdas.lambda_logits.softmax(-1),)
