@@ -94,13 +94,14 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     Returns:
         tokens, labels, loss_mask, position_ids, each [b, s/cp]; attention_mask [b, 1, s, s] or
         None; cu_seqlens, cu_seqlens_padded, max_seqlen of packed documents or None. A stage that
-        needs none of it gets None throughout. Transformer Engine packs a micro-batch into one
-        sample, b = 1.
+        needs none of it gets None throughout; tokens are on all stages where layers read them.
+        Transformer Engine packs a micro-batch into one sample, b = 1.
     """
     args = get_args()
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
     packed = args.dataloader_inter_document_masking
-    if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
+    reads_tokens = find_architecture(args.architecture).reads_tokens
+    if not (is_first_or_last_pipeline_stage(vp_stage) or packed or reads_tokens):
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -110,6 +111,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
             key: None if sample.get(key) is None else sample[key].cuda(non_blocking=True)
             for key in keys
         }
+    tokens = batch.get("tokens")
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -126,9 +128,11 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if reads_tokens and not mpu.is_pipeline_first_stage():
+        batch = _with_tokens(batch, tokens)
     if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
-    if is_first_or_last_pipeline_stage(vp_stage):
+    if is_first_or_last_pipeline_stage(vp_stage) or reads_tokens:
         batch = get_batch_on_this_cp_rank(
             batch,
             is_hybrid_cp=False,
@@ -136,6 +140,25 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
             use_per_sequence_balancing=packed,
         )
     return {key: batch.get(key) for key in keys}
+
+
+def _with_tokens(batch: dict[str, Any], tokens: torch.Tensor | None) -> dict[str, Any]:
+    """The batch of a stage behind the first, to which Megatron (0.19.2) gives no token ids.
+
+    Args:
+        batch: from get_batch_on_this_tp_rank.
+        tokens: [b, s] on tensor-parallel rank 0.
+    """
+    args = get_args()
+    if tokens is None:
+        shape = args.micro_batch_size, args.seq_length
+        tokens = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
+    if args.tensor_model_parallel_size > 1:
+        source = mpu.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(tokens, source, group=mpu.get_tensor_model_parallel_group())
+    if not (mpu.is_pipeline_last_stage() or args.dataloader_inter_document_masking):
+        batch = dict.fromkeys(batch)  # which Megatron has left as they were
+    return batch | {"tokens": tokens}
 
 
 def loss_func(
@@ -266,8 +289,10 @@ def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfi
 def _reads_data(vp_stage: int | None) -> bool:
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    packed = get_args().dataloader_inter_document_masking
-    return packed or is_first_or_last_pipeline_stage(vp_stage)
+    args = get_args()
+    if args.dataloader_inter_document_masking or find_architecture(args.architecture).reads_tokens:
+        return True
+    return is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

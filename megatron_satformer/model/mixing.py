@@ -70,7 +70,7 @@ def normed_products(
 
 
 def dots(x: Tensor, sources: Sequence[Tensor]) -> Tensor:
-    """x . y of every source y, over the last axis; keeps references, no copies in float32.
+    """Products x . y of every source y, over the last axis; keeps references, no copies in float32.
 
     Args:
         x: [..., d].

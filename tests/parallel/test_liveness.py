@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN
-from tests.parallel.layouts import CARRYING, GATED, MIXING
+from tests.parallel.layouts import CARRIERS, CARRYING, GATED, LIGHT, MIXING
 from tests.small import PP2, SHAPE
 
 MICRO_BATCHES = 4  # as SHAPE has them
@@ -57,6 +57,12 @@ CASES = [
     (name, architecture)
     for name, layout in LAYOUTS.items()
     for architecture in (MIXING if layout.model else CARRYING)
+]
+CASES += [
+    (layout, name)
+    for layout in ("PP4", "PP2 x 2 virtual, uniform recompute")
+    for name in LIGHT
+    if name in CARRIERS
 ]
 FAST = [(layout, name) for layout in ("PP2", "PP2 x 2 virtual") for name in GATED]
 

@@ -31,6 +31,7 @@ TABLE: dict[str, str] = {
     "hyperconnections": f"{_HERE}.hyperconnections:HYPERCONNECTIONS",
     "lime": f"{_HERE}.lime:LIME",
     "depth_attention": f"{_HERE}.depth_attention:DEPTH_ATTENTION",
+    "value_embeddings": f"{_HERE}.value_embeddings:VALUE_EMBEDDINGS",
     "muddformer": f"{_HERE}.muddformer:MUDDFORMER",
 }
 for _point in entry_points(group="megatron_satformer.architectures"):

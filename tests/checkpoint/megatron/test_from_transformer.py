@@ -25,6 +25,7 @@ STARTABLE = [a.name for a in all_architectures() if a.from_transformer is None]
 EXACT = {
     "satformer": "--value-gate-init-std 0 --value-gate tanh",
     "lime": "--lime-router-init identity",
+    "value_embeddings": "--value-embedding-init zero",
 }
 LAYOUTS = {
     "one rank": (1, ""),

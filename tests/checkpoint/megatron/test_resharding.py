@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_satformer.model.architectures import find_architecture
 from tests.models import build_config
-from tests.parallel.layouts import CARRYING, GATED
+from tests.parallel.layouts import CARRYING, GATED, READING
 from tests.small import DO, PP2, RTOL, TP2
 
 # Odd sizes: rows of linear_qkv need padding at every tensor-parallel size, 12 rows at TP1, 14 of
@@ -35,7 +35,7 @@ LAYOUTS = {
 FAST = [(name, layout) for name in GATED for layout in ("TP1", "PP2 x 2 virtual")]
 CASES = [
     pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
-    for name in CARRYING
+    for name in (*CARRYING, *READING)
     for layout in (LAYOUTS if name in GATED else ("TP4", "PP2 x 2 virtual"))
 ]
 LAYER = {
