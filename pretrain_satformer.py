@@ -101,7 +101,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
     packed = args.dataloader_inter_document_masking
     reads_tokens = find_architecture(args.architecture).reads_tokens
-    if not (is_first_or_last_pipeline_stage(vp_stage) or packed or reads_tokens):
+    at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    if not (at_an_end or packed or reads_tokens):
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -112,27 +113,31 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
             for key in keys
         }
     tokens = batch.get("tokens")
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=packed,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    if reads_tokens and not mpu.is_pipeline_first_stage():
-        batch = _with_tokens(batch, tokens)
+    if at_an_end or packed:
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            has_cu_seqlens=packed,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            cp_size=args.context_parallel_size,
+            tp_rank=tp_rank,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        has_tokens = mpu.is_pipeline_first_stage()
+    else:
+        batch, has_tokens = dict.fromkeys(keys), False
+    if reads_tokens and not has_tokens:
+        batch["tokens"] = _share_tokens(tokens)
     if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
-    if is_first_or_last_pipeline_stage(vp_stage) or reads_tokens:
+    if at_an_end or reads_tokens:
         batch = get_batch_on_this_cp_rank(
             batch,
             is_hybrid_cp=False,
@@ -142,11 +147,10 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     return {key: batch.get(key) for key in keys}
 
 
-def _with_tokens(batch: dict[str, Any], tokens: torch.Tensor | None) -> dict[str, Any]:
-    """The batch of a stage behind the first, to which Megatron (0.19.2) gives no token ids.
+def _share_tokens(tokens: torch.Tensor | None) -> torch.Tensor:
+    """Token ids where get_batch_on_this_tp_rank (0.19.2) gives none, behind the first stage.
 
     Args:
-        batch: from get_batch_on_this_tp_rank.
         tokens: [b, s] on tensor-parallel rank 0.
     """
     args = get_args()
@@ -156,9 +160,7 @@ def _with_tokens(batch: dict[str, Any], tokens: torch.Tensor | None) -> dict[str
     if args.tensor_model_parallel_size > 1:
         source = mpu.get_tensor_model_parallel_src_rank()
         torch.distributed.broadcast(tokens, source, group=mpu.get_tensor_model_parallel_group())
-    if not (mpu.is_pipeline_last_stage() or args.dataloader_inter_document_masking):
-        batch = dict.fromkeys(batch)  # which Megatron has left as they were
-    return batch | {"tokens": tokens}
+    return tokens
 
 
 def loss_func(

@@ -365,8 +365,8 @@ def three_inputs(layout: Layout, model: Model, rank: int, forward_only: bool) ->
 def tabled(layout: Layout, model: Model, rank: int, forward_only: bool) -> Counter:
     """Value embeddings', of every layer that has a table: what its gates read, 12 numbers a token.
 
-    Gathered or copied, and its gradient summed up; behind the first stage the token ids of every
-    micro-batch and chunk go from one rank of a stage to the others.
+    Gathered or copied, and its gradient summed up; the token ids of every micro-batch go from one
+    rank of a stage to the others, once for each chunk but the model's first.
     """
     if layout.tp == 1:
         return Counter()
@@ -380,7 +380,7 @@ def tabled(layout: Layout, model: Model, rank: int, forward_only: bool) -> Count
         wanted, sums = Counter(), Counter({f"c10d.allreduce_ {among} {whole}": tables})
     if not forward_only:
         wanted += sums
-    ids = MICRO_BATCHES * layout.virtual * (rank >= layout.tp)
+    ids = MICRO_BATCHES * (layout.virtual - (rank < layout.tp))
     return +(wanted + Counter({f"c10d.broadcast_ {among} {SEQUENCE * BATCH}": ids}))
 
 

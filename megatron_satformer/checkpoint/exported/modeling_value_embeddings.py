@@ -63,6 +63,21 @@ class ValueEmbeddingsPreTrainedModel(DecoderPreTrainedModel):
             init.uniform_(module.value_embedding.weight, -bound, bound)
             init.uniform_(module.value_embedding_gate.weight, 0.0, 0.02)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As transformers', of the tables of values too: a new token has a row in each."""
+        words = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for module in self.modules():
+            if isinstance(module, ValueEmbeddingsAttention) and module.has_table:
+                module.value_embedding = self._get_resized_embeddings(
+                    module.value_embedding, words.num_embeddings, mean_resizing=mean_resizing
+                )
+        return words
+
 
 class ValueEmbeddingsModel(ValueEmbeddingsPreTrainedModel, DecoderModel):
     """DecoderModel whose layers get the token ids."""

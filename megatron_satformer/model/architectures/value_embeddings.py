@@ -231,7 +231,7 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
     if not has_table(options, n):
         return []
     heads = options.num_query_groups
-    rows = getattr(options, "padded_vocab_size", None) or getattr(options, "vocab_size", 0)
+    rows: int = getattr(options, "padded_vocab_size", None) or getattr(options, "vocab_size", 0)
     at, theirs = "self_attention", "self_attn"
     return [
         OwnTensor(
@@ -242,6 +242,13 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
         ),
         OwnTensor(f"{at}.{GATE}", (f"{theirs}.{GATE}.weight",), (heads, gate_channels(options))),
     ]
+
+
+def describe_tables(config: Any) -> str:
+    """How many tables there are and what they hold, for the card."""
+    rows = [tensor.shape for _, tensor in VALUE_EMBEDDINGS.all_tensors(config)][::2]
+    held = sum(vocabulary * kv for vocabulary, kv in rows)
+    return f", of which {len(rows)} have a table; all tables hold {held:,} parameters"
 
 
 def table_group(args: Namespace) -> dict[str, dict[str, float]]:
@@ -286,5 +293,6 @@ VALUE_EMBEDDINGS = Architecture(
     ),
     parameter_groups=table_group,
     from_transformer=None,
+    layers_note=describe_tables,
     gates="3 sigma(W_g x) [batch, sequence, KV heads] of\neach layer that has a table",
 )

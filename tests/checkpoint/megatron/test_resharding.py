@@ -68,9 +68,10 @@ ADDED = {
 
 def expected_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, whatever the layout: no padding of linear_qkv in any."""
-    config = build_config(
-        architecture, num_layers=LAYERS, hidden_size=H, num_attention_heads=NP, num_query_groups=NG
-    )
+    shape = {"num_layers": LAYERS, "hidden_size": H, "num_attention_heads": NP, "kv_channels": HN}
+    config = build_config(architecture, num_query_groups=NG, **shape)
+    if hasattr(config, "padded_vocab_size"):
+        config.padded_vocab_size = VOCABULARY
     added = find_architecture(architecture).all_tensors(config)
     model = WHOLE | {tensor.megatron: tensor.shape for _, tensor in added}
     for layer in range(LAYERS):

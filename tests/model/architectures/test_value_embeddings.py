@@ -84,6 +84,22 @@ def test_embeddings_in_place_of_ids_are_told():
         model(inputs_embeds=torch.zeros(1, 3, 24))
 
 
+@torch.no_grad()
+def test_new_tokens_have_rows_in_every_table():
+    model = build_exported(build_twin(NAME, **TWIN)).eval()
+    ids = torch.tensor([[5, 60, 7]])
+    before = model(ids).logits
+    model.resize_token_embeddings(70, mean_resizing=False)
+    torch.testing.assert_close(model(ids).logits[..., :67], before)
+    assert model(torch.tensor([[69]])).logits.shape == (1, 1, 70)
+
+
+def test_the_card_tells_what_the_tables_hold():
+    config = build_exported(build_twin(NAME, **TWIN)).config
+    told = VALUE_EMBEDDINGS.layers_note(config)
+    assert told == f", of which 2 have a table; all tables hold {2 * 67 * 12:,} parameters"
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_where_they_start(on_ranks, ranks):
     on_ranks(ranks, "tests.model.tables:start_as_published", ranks)
