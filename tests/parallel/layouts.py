@@ -23,6 +23,9 @@ GQA2 = "--group-query-attention --num-query-groups 2"
 SUMS_2X3 = "--dwa-dilation 2 --dwa-period 3"
 NORMED_SUMS = "--mudd-prepost-norm --mudd-ffn-realloc --ffn-hidden-size 512 --optimizer sgd"
 NORMED_SUMS += " --mudd-form baseline"
+PER_CHANNEL = "--value-gate lerp_channels --value-gate-bias-init -1"
+SOFTPLUS = "--value-gate softplus --value-gate-offset 1 --value-gate-bias"
+LAST_2 = "--value-residual-last-k 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
@@ -41,6 +44,7 @@ DILATED = tuple(a.name for a in all_architectures() if "dwa_dilation" in a.own_o
 NORMED = tuple(a.name for a in all_architectures() if "mudd_prepost_norm" in a.own_options)
 STREAMED = tuple(a.name for a in all_architectures() if "hc_form" in a.own_options)
 HEAVY = tuple(name for name in EVERY if name not in LIGHT)
+FORMS = tuple(a.name for a in all_architectures() if "resformer_form" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
@@ -173,6 +177,15 @@ ROWS = (
     ),
     Row("TP2, softmax gate", 2, TP2, "--value-gate softmax", GATED, fast=GATED),
     Row("TP2, softmax_sigmoid gate", 2, TP2, "--value-gate softmax_sigmoid", GATED),
+    Row("TP2 x PP2 + SP, gate per channel", 4, f"{TP2} {PP2} {SP}", PER_CHANNEL, GATED),
+    Row("TP2 x PP2 + SP, constant gate", 4, f"{TP2} {PP2} {SP}", "--value-gate constant", GATED),
+    Row("TP2, 1 + softplus gate", 2, TP2, SOFTPLUS, GATED),
+    *(
+        Row(
+            f"TP2 x PP2, {form} form", 4, f"{TP2} {PP2}", f"--resformer-form {form} {LAST_2}", FORMS
+        )
+        for form in ("learnable", "identity", "sparse", "svformer")
+    ),
     Row("TP4 + SP, softmax gate", 4, f"{TP4} {SP}", "--value-gate softmax", GATED),
     Row("TP2, gate with bias", 2, TP2, "--value-gate-bias", GATED),
     Row("TP2, 2 KV heads", 2, TP2, GQA2),
