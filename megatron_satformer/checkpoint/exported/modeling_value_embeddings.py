@@ -40,9 +40,9 @@ class ValueEmbeddingsAttention(DecoderAttention):
         self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
         """The equation; what is carried are the token ids [b, s], the gates [b, s, ng]."""
-        (ids,) = self.expect(carried, 1)
         if not self.has_table:
             return k, v, carried, None
+        (ids,) = self.expect(carried, 1)
         if v.size(-2) < self.config.num_key_value_heads:
             raise NotImplementedError(SPLIT_HEADS.format("a table of value embeddings"))
         read = self.value_embedding(ids).unflatten(-1, v.shape[2:])

@@ -231,7 +231,8 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
     if not has_table(options, n):
         return []
     heads = options.num_query_groups
-    rows: int = getattr(options, "padded_vocab_size", None) or getattr(options, "vocab_size", 0)
+    padded = getattr(options, "padded_vocab_size", None)
+    rows = getattr(options, "vocab_size", 0) if padded is None else padded
     at, theirs = "self_attention", "self_attn"
     return [
         OwnTensor(

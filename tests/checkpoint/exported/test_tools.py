@@ -66,7 +66,7 @@ def test_what_is_carried_moves_with_the_layer(architecture):
     cached = [layer.values.is_meta for layer in out.past_key_values.layers]
     assert cached == [False, False, True, True]
     x, v1 = torch.ones(2, 13, 24), torch.ones(2, 13, 2, 6)
-    carried = (*(lambdas.to("meta") for lambdas in model.model.start()), v1)
+    carried = (*(lambdas.to("meta") for lambdas in model.model.start(None)), v1)
     with pytest.raises(RuntimeError, match="device"):
         model.model.layers[3].self_attn.mix(x.to("meta"), v1.to("meta"), v1.to("meta"), carried)
 
