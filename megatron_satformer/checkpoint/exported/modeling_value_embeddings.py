@@ -30,7 +30,7 @@ class ValueEmbeddingsAttention(DecoderAttention):
 
     def __init__(self, config: ValueEmbeddingsConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.has_table = (config.num_hidden_layers - 1 - layer_idx) % 2 == 0
+        self.has_table = layer_idx in config.mixing_layers
         if self.has_table:
             ng, channels = config.num_key_value_heads, min(12, config.hidden_size)
             self.value_embedding = nn.Embedding(config.vocab_size, ng * self.head_dim)
