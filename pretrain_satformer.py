@@ -99,13 +99,15 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     Returns:
         tokens, labels, loss_mask, position_ids, each [b, s/cp]; attention_mask [b, 1, s, s] or
         None; cu_seqlens, cu_seqlens_padded, max_seqlen of packed documents or None. A stage that
-        needs none of it gets None throughout. Transformer Engine packs a micro-batch into one
-        sample, b = 1.
+        needs none of it gets None throughout; tokens are on all stages where layers read them.
+        Transformer Engine packs a micro-batch into one sample, b = 1.
     """
     args = get_args()
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
     packed = args.dataloader_inter_document_masking
-    if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
+    reads_tokens = find_architecture(args.architecture).reads_tokens
+    at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    if not (at_an_end or packed or reads_tokens):
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -116,27 +118,34 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
             key: None if sample.get(key) is None else sample[key].cuda(non_blocking=True)
             for key in keys
         }
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=packed,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
+    tokens = batch.get("tokens")
+    if at_an_end or packed:
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            has_cu_seqlens=packed,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            cp_size=args.context_parallel_size,
+            tp_rank=tp_rank,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        has_tokens = mpu.is_pipeline_first_stage()
+    else:
+        batch, has_tokens = dict.fromkeys(keys), False
     if mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
         step_checks.note_batch(sample)
+    if reads_tokens and not has_tokens:
+        batch["tokens"] = _share_tokens(tokens)
     if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
-    if is_first_or_last_pipeline_stage(vp_stage):
+    if at_an_end or reads_tokens:
         batch = get_batch_on_this_cp_rank(
             batch,
             is_hybrid_cp=False,
@@ -144,6 +153,22 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
             use_per_sequence_balancing=packed,
         )
     return {key: batch.get(key) for key in keys}
+
+
+def _share_tokens(tokens: torch.Tensor | None) -> torch.Tensor:
+    """Token ids where get_batch_on_this_tp_rank (0.19.2) gives none, behind the first stage.
+
+    Args:
+        tokens: [b, s] on tensor-parallel rank 0.
+    """
+    args = get_args()
+    if tokens is None:
+        shape = args.micro_batch_size, args.seq_length
+        tokens = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
+    if args.tensor_model_parallel_size > 1:
+        source = mpu.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(tokens, source, group=mpu.get_tensor_model_parallel_group())
+    return tokens
 
 
 def loss_func(
@@ -260,8 +285,10 @@ def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfi
 def _reads_data(vp_stage: int | None) -> bool:
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    packed = get_args().dataloader_inter_document_masking
-    return packed or is_first_or_last_pipeline_stage(vp_stage)
+    args = get_args()
+    if args.dataloader_inter_document_masking or find_architecture(args.architecture).reads_tokens:
+        return True
+    return is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

@@ -50,10 +50,17 @@ def build_exported_config(twin_config: Any, **more: Any) -> Any:
 
 def carries(architecture: Any) -> Carry:
     """What crosses the boundaries of a model of four layers beside hidden states, at most."""
-    config = build_config(
-        architecture.name, num_layers=4, hidden_size=8, num_attention_heads=2, pipeline_dtype=None
-    )
-    return architecture.carries(config)
+    return architecture.carries(_of_four_layers(architecture))
+
+
+def has_tensors(architecture: Any) -> bool:
+    """Whether a model of four layers has tensors beside a Transformer's."""
+    return bool(architecture.all_tensors(_of_four_layers(architecture)))
+
+
+def _of_four_layers(architecture: Any) -> DecoderConfig:
+    shape = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2}
+    return build_config(architecture.name, **shape, pipeline_dtype=None)
 
 
 def build_exported(twin: Any, **more: Any) -> Any:

@@ -19,7 +19,7 @@ from megatron_satformer.unsupported import (
     Table,
     refuse_unsupported,
 )
-from tests.parallel.layouts import CARRYING
+from tests.parallel.layouts import CARRYING, LIGHT
 
 EVERYWHERE = {TRAINING, ONE_CPU, EXPORT}
 ATTENTION = {LOCAL_BACKEND, SDPA, ONE_CPU}
@@ -63,14 +63,14 @@ def test_where_an_option_is_refused(option, value, places):
         assert "{" not in str(error.value)
 
 
-# Those of the package that carry anything.
-OURS = {name for name in CARRYING if TABLE[name].startswith("megatron_satformer.")}
+# Those of the package that carry anything, or read token ids.
+OURS = {n for n in (*CARRYING, *LIGHT) if TABLE[n].startswith("megatron_satformer.")}
 
 
 @pytest.mark.parametrize(
     ("option", "value", "by"),
     [
-        ("qk_clip", True, {*"satformer lime muddformer".split()}),
+        ("qk_clip", True, {*"satformer lime muddformer depth_attention".split()}),
         ("ckpt_format", "torch", {"satformer"}),
         ("optimizer", "soap", {*"satformer hyperconnections muddformer mhc".split()}),
         ("fp8_param_gather", True, {"satformer"}),

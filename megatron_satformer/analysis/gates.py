@@ -44,7 +44,7 @@ def measure_gates(
     """Reads text with an exported model and returns what its gates did.
 
     Args:
-        folder: Exported Hugging Face folder of a SATFormer.
+        folder: Exported Hugging Face folder of a model whose layers have gates.
         tokens: Token ids, documents end to end. [tokens]
         seq_length: Tokens that the model reads at once.
         max_tokens: Most tokens to read.

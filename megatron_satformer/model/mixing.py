@@ -85,6 +85,19 @@ def products(
     return _Products.apply(fused, weight, *sources)
 
 
+def dots(x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """Products x . y of every source y, over the last axis; keeps references, no copies in float32.
+
+    Args:
+        x: [..., d].
+        sources: n tensors [..., d] of its dtype.
+
+    Returns:
+        [..., n], in float32 at least.
+    """
+    return _Dots.apply(x, *sources)
+
+
 def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:
     """Value + gate(logits) v1 in one kernel forward and one backward; None where there is none.
 
@@ -111,6 +124,19 @@ class _GatedSum(torch.autograd.Function):
         logits, v1 = ctx.saved_tensors
         own, into = kernels.blend_backward(logits, v1, ctx.gate, gradient)
         return gradient, own, into, None
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *sources)
+        return torch.stack([_dot(x, source, False) for source in sources], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, *sources = ctx.saved_tensors
+        columns = gradient.unsqueeze(-1).unbind(-2)  # per source, [..., 1]
+        return _combine(columns, sources), *(_combine([column], [x]) for column in columns)
 
 
 class _Mix(torch.autograd.Function):

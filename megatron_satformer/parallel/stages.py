@@ -28,9 +28,12 @@ def finish_chunks(chunks: list[GPTModel]) -> list[GPTModel]:
     """
     for chunk in chunks:
         decoder, config = chunk.decoder, chunk.config
-        if not any(find_architecture(config.architecture).carries(config)):
+        architecture = find_architecture(config.architecture)
+        carries = any(architecture.carries(config))
+        if carries or architecture.reads_tokens:
+            recompute.activate()
+        if not carries:
             continue
-        recompute.activate()
         decoder.register_forward_hook(_forget_input)
         if not decoder.layers:
             continue

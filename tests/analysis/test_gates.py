@@ -14,20 +14,31 @@ TOKENS = np.random.default_rng(0).integers(0, 300, 13 * 8 + 3).astype(np.uint16)
 
 @pytest.mark.parametrize("batch", [1, 5, 8])
 @pytest.mark.parametrize(
-    "options", [{}, {"value_residual_last_k": 2, "value_gate": "tanh"}], ids=str
+    "options",
+    [
+        {},
+        {"value_residual_last_k": 2, "value_gate": "tanh"},
+        *({"architecture": a.name} for a in all_architectures() if a.gates and a.reads_tokens),
+    ],
+    ids=str,
 )
 def test_equals_the_reference(build_folder, options, batch):
     folder, reference = build_folder(**options)
     report = gates.measure_gates(folder, TOKENS, seq_length=8, batch=batch)
     ids = torch.from_numpy(TOKENS[: 13 * 8].astype(np.int64)).view(13, 8)
     alphas = reference(ids).shown
-    assert report.layers == [layer + 1 for layer in reference.config.mixing_layers]
+    own = [n for n, layer in enumerate(reference.model.layers, 1) if _has_gate(layer.self_attn)]
+    assert report.layers == own
     assert report.tokens == ids.numel()
     for mean, zeros, alpha in zip(report.mean, report.zeros, alphas, strict=True):
         assert mean == pytest.approx(alpha.double().mean((0, 1)).tolist(), abs=1e-6)
         assert zeros == (alpha == 0).double().mean((0, 1)).tolist()
     share = np.mean(report.zeros)
     assert 0.2 < share < 0.8 if not options else share == 0  # relu shuts about half at the start
+
+
+def _has_gate(attention) -> bool:
+    return any("gate" in name for name, _ in attention.named_parameters())
 
 
 def test_reads_no_more_than_it_is_told(build_folder):

@@ -42,6 +42,8 @@ PUBLISHED = {
 # What other architectures add, in the order of the sizes.
 ADDED = {
     PLAIN: (0,) * 4,
+    "depth_attention": (0,) * 4,
+    "value_embeddings": (147_456_864, 294_913_728, 491_522_880, 786_436_608),
     "denseformer": (77, 189, 209, 324),
     "hyperconnections": (101_948, 222_120, 351_196, 591_072),
     "lime": (9_360, 43_520, 108_864, 306_176),

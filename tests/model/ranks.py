@@ -211,7 +211,7 @@ def check_padding(model: Any) -> None:
     """Padding rows of linear_qkv: zero weight, exactly zero gradient, multiple of 16 in all."""
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        if hasattr(attention, "_row_counts") and attention.mixes:
+        if getattr(attention, "gate_rows", 0):
             weight = attention.linear_qkv.weight
             padding = attention._row_counts[2]
             assert weight.size(0) % 16 == 0
@@ -311,7 +311,7 @@ def counts_parameters(options: dict[str, Any], tied: bool) -> None:
     padding = sum(
         layer.self_attention._row_counts[2] * model.config.hidden_size
         for layer in model.decoder.layers
-        if hasattr(layer.self_attention, "_row_counts") and layer.self_attention.mixes
+        if getattr(layer.self_attention, "gate_rows", 0)
     )
     built = sum(parameter.numel() for parameter in model.parameters()) - padding
     counted = count_parameters(model.config, VOCABULARY, tied)
@@ -343,6 +343,22 @@ def gate_bias_alone() -> None:
     keys = [key for key, _, _ in entries(model, lambda parameter: parameter)]
     assert not any("linear_qkv.bias" in key for key in keys)
     assert sum("value_gate.bias" in key for key in keys) == 3
+
+
+def gate_bias_init(value: float) -> None:
+    """Biases of gates start where they are told to, those of q, k and v at 0."""
+    start()
+    for gate in ("relu", "lerp_channels", "constant"):
+        options = {"value_gate": gate, "value_gate_bias": gate == "relu"}
+        model = build(options | {"value_gate_bias_init": value})
+        for attention in (layer.self_attention for layer in model.decoder.layers[1:]):
+            if gate == "relu":
+                qkv, biases, padding = attention.linear_qkv.bias.split(attention._row_counts)
+                assert qkv.abs().max() == padding.abs().max() == 0
+            else:
+                own = attention.value_gate_up.bias if "lerp" in gate else attention.value_gate.alpha
+                biases = own
+            assert (biases == value).all()
 
 
 def recompute_equals_plain(

@@ -8,7 +8,7 @@ import pytest
 
 import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer.model.architectures import PLAIN, TABLE, all_architectures
-from tests.models import carries
+from tests.models import carries, has_tensors
 
 TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
 PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
@@ -27,6 +27,9 @@ GQA2 = "--group-query-attention --num-query-groups 2"
 SUMS_2X3 = "--dwa-dilation 2 --dwa-period 3"
 NORMED_SUMS = "--mudd-prepost-norm --mudd-ffn-realloc --ffn-hidden-size 512 --optimizer sgd"
 NORMED_SUMS += " --mudd-form baseline"
+PER_CHANNEL = "--value-gate lerp_channels --value-gate-bias-init -1"
+SOFTPLUS = "--value-gate softplus --value-gate-offset 1 --value-gate-bias"
+LAST_2 = "--value-residual-last-k 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
@@ -41,8 +44,12 @@ NORMED = tuple(a.name for a in all_architectures() if "mudd_prepost_norm" in a.o
 STREAMED = tuple(a.name for a in all_architectures() if "hc_form" in a.own_options)
 SOURCED = tuple(a.name for a in all_architectures() if "attnres_form" in a.own_options)
 MANIFOLD = tuple(a.name for a in all_architectures() if "mhc_collapse" in a.own_options)
-# They stand on the same pieces as those before them: fewer layouts show what is their own.
-OFTEN = tuple(name for name in CARRYING if name not in SOURCED + MANIFOLD)
+READING = tuple(a.name for a in all_architectures() if a.reads_tokens)
+# They go through code that others go through: fewer cells run everywhere, `make parity` has all.
+LIGHT = SOURCED + MANIFOLD + READING
+LIGHT += tuple(a.name for a in all_architectures() if a.name in CARRYING and not has_tensors(a))
+OFTEN = tuple(name for name in CARRYING if name not in LIGHT)
+FORMS = tuple(a.name for a in all_architectures() if "resformer_form" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
 
 
@@ -77,11 +84,11 @@ class Row:
 ROWS = (
     Row("TP2", 2, TP2, fast=GATED),
     Row("TP4", 4, TP4),
-    Row("TP2 + SP", 2, f"{TP2} {SP}"),
+    Row("TP2 + SP", 2, f"{TP2} {SP}", few=OFTEN + LIGHT),
     Row("TP4 + SP", 4, f"{TP4} {SP}", fast=GATED),
-    Row("PP2", 2, PP2, fast=(PLAIN, *GATED)),
-    Row("PP4", 4, PP4),
-    Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=CARRYING),
+    Row("PP2", 2, PP2, fast=(PLAIN, *GATED), few=OFTEN + LIGHT),
+    Row("PP4", 4, PP4, few=OFTEN + LIGHT),
+    Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=GATED, few=OFTEN + LIGHT),
     Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8", few=CARRYING),
     Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
     Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3"),
@@ -90,7 +97,7 @@ ROWS = (
     Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=GATED),
     Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L"),
     Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
-    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=OFTEN),
+    Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=GATED, few=OFTEN + LIGHT),
     Row("TP2 x PP2 x DP2, distributed optimizer", 8, f"{TP2} {PP2} {OPTIMIZER}", fast=GATED),
     Row("TP2 x PP2 x DP2 + SP, distributed optimizer", 8, f"{TP2} {PP2} {SP} {OPTIMIZER}"),
     Row("DP2, distributed optimizer", 2, OPTIMIZER, fast=GATED),
@@ -118,6 +125,7 @@ ROWS = (
         "PP2 x 2 virtual, recompute full, uniform",
         2,
         f"{PP2} {VIRTUAL} {UNIFORM}".replace("layers 2", "layers 1"),
+        few=OFTEN + LIGHT,
     ),
     Row("TP2 + SP, recompute full, uniform", 2, f"{TP2} {SP} {UNIFORM}"),
     Row(
@@ -203,6 +211,15 @@ ROWS = (
     ),
     Row("TP2, softmax gate", 2, TP2, "--value-gate softmax", GATED, fast=GATED),
     Row("TP2, softmax_sigmoid gate", 2, TP2, "--value-gate softmax_sigmoid", GATED),
+    Row("TP2 x PP2 + SP, gate per channel", 4, f"{TP2} {PP2} {SP}", PER_CHANNEL, GATED),
+    Row("TP2 x PP2 + SP, constant gate", 4, f"{TP2} {PP2} {SP}", "--value-gate constant", GATED),
+    Row("TP2, 1 + softplus gate", 2, TP2, SOFTPLUS, GATED),
+    *(
+        Row(
+            f"TP2 x PP2, {form} form", 4, f"{TP2} {PP2}", f"--resformer-form {form} {LAST_2}", FORMS
+        )
+        for form in ("learnable", "identity", "sparse", "svformer")
+    ),
     Row("TP4 + SP, softmax gate", 4, f"{TP4} {SP}", "--value-gate softmax", GATED),
     Row("TP2, gate with bias", 2, TP2, "--value-gate-bias", GATED),
     Row("TP2, 2 KV heads", 2, TP2, GQA2),
@@ -212,7 +229,7 @@ ROWS = (
     Row("CP2", 2, CP2, fast=GATED, few=WITH_HEADS + NORMED + STREAMED),
     Row("CP4", 4, CP4, few=GATED),
     Row("CP2 x TP2 + SP", 4, f"{CP2} {TP2} {SP}", few=NORMED),
-    Row("CP2 x PP2", 4, f"{CP2} {PP2}", few=STREAMED),
+    Row("CP2 x PP2", 4, f"{CP2} {PP2}", few=STREAMED + LIGHT),
     Row("CP2 x DP2, distributed optimizer", 4, f"{CP2} {OPTIMIZER}", few=GATED),
     Row("CP2, recompute full, uniform", 2, f"{CP2} {UNIFORM}", few=()),
     Row("CP2, loss not on all tokens", 2, CP2, "--eod-mask-loss", few=GATED),
@@ -223,7 +240,7 @@ ROWS = (
         f"{DOCUMENTS} {WINDOW}",
         few=GATED,
     ),
-    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS, few=DILATED),
+    Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS, few=DILATED + READING),
     Row("DP2, loss per token", 2, "", PER_TOKEN),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )

@@ -59,7 +59,12 @@ CASES = [
     for name, layout in LAYOUTS.items()
     for architecture in (MIXING if layout.model else OFTEN)
 ]
-CASES += [("PP2 x 2 virtual", name) for name in CARRYING if name not in OFTEN]
+CASES += [
+    (layout, name)
+    for layout in ("PP4", "PP2 x 2 virtual, uniform recompute")
+    for name in CARRYING
+    if name not in OFTEN
+]
 FAST = [(layout, name) for layout in ("PP2", "PP2 x 2 virtual") for name in GATED]
 
 

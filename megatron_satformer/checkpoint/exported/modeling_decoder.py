@@ -76,7 +76,7 @@ class DecoderCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention; relatives override `mix`."""
+    """Grouped-query attention; relatives override `mix` or `mix_normed`."""
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -128,6 +128,22 @@ class DecoderAttention(nn.Module):
         """
         return k, v, carried, None
 
+    def mix_normed(
+        self, q: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Values as attention and cache get them, from q and k as normed, before rotation.
+
+        Args:
+            q: [b, s, np, hn].
+            k: [b, s, ng, hn].
+            v: From `mix`, [b, s, ng, hn].
+            carried: From `mix`.
+
+        Returns:
+            Values, and what the next layer gets.
+        """
+        return v, carried
+
     def forward(
         self,
         hidden_states: Tensor | tuple[Tensor, Tensor, Tensor],
@@ -148,6 +164,7 @@ class DecoderAttention(nn.Module):
         k, v, carried, gates = self.mix(for_v, k, v, carried)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        v, carried = self.mix_normed(q, k, v, carried)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
@@ -260,8 +277,8 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def start(self) -> tuple[Tensor, ...]:
-        """What the first layer gets."""
+    def start(self, input_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """What the first layer gets; input_ids: [b, s], None where embeddings were given."""
         return ()
 
     def finish(self, hidden_states: Tensor, carried: tuple[Tensor, ...]) -> Tensor:
@@ -312,7 +329,7 @@ class DecoderModel(DecoderPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states, carried = inputs_embeds, self.start()
+        hidden_states, carried = inputs_embeds, self.start(input_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer: assistant_early_exit
             hidden_states, _, _, *carried = layer(
                 hidden_states,

@@ -30,6 +30,8 @@ TABLE: dict[str, str] = {
     "denseformer": f"{_HERE}.denseformer:DENSEFORMER",
     "hyperconnections": f"{_HERE}.hyperconnections:HYPERCONNECTIONS",
     "lime": f"{_HERE}.lime:LIME",
+    "depth_attention": f"{_HERE}.depth_attention:DEPTH_ATTENTION",
+    "value_embeddings": f"{_HERE}.value_embeddings:VALUE_EMBEDDINGS",
     "muddformer": f"{_HERE}.muddformer:MUDDFORMER",
     "attnres": f"{_HERE}.attnres:ATTNRES",
     "mhc": f"{_HERE}.mhc:MHC",

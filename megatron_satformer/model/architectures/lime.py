@@ -27,7 +27,6 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -35,7 +34,8 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
-from megatron_satformer.model.architectures.extended import REFUSES, ExtendedLayer
+from megatron_satformer.model.architectures.extended import REFUSES
+from megatron_satformer.model.architectures.history import HistoryAttention, HistoryLayer
 from megatron_satformer.model.architectures.record import Architecture, Carry, OwnTensor
 from megatron_satformer.model.architectures.value_residual import refuse_split_heads
 from megatron_satformer.model.mixing import mix_heads
@@ -115,8 +115,8 @@ def starting_router(config: Any, shape: tuple[int, ...]) -> Tensor:
     return router
 
 
-class LIMeAttention(SelfAttention):
-    """SelfAttention that reads routed keys and values."""
+class LIMeAttention(HistoryAttention):
+    """HistoryAttention that reads routed keys and values of all layers so far."""
 
     config: LIMeConfig
 
@@ -124,7 +124,6 @@ class LIMeAttention(SelfAttention):
         self, config: LIMeConfig, submodules: Any, layer_number: int, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        self._history: tuple[Tensor, ...] | None = None
         for tensor in own_tensors(config, layer_number):
             tp = self.pg_collection.tp
             mine = starting_router(config, tensor.shape).chunk(tp.size(), dim=2)[tp.rank()]
@@ -132,25 +131,6 @@ class LIMeAttention(SelfAttention):
             values = mine.to(device, config.params_dtype, copy=True).contiguous()
             self.lime_router = torch.nn.Parameter(values)  # [ng, n, ng/tp]
             set_tensor_model_parallel_attributes(self.lime_router, True, 2, 1)
-
-    @contextmanager
-    def holding(self, history: tuple[Tensor, ...]) -> Iterator["LIMeAttention"]:
-        """Hold K and V of earlier layers for one call; then `self.history` has this layer's too.
-
-        Nothing stays on the module afterwards, so no memory is held and a recomputed or
-        interleaved micro-batch meets its own history only.
-        """
-        self._history = history
-        try:
-            yield self
-        finally:
-            self._history = None
-
-    @property
-    def history(self) -> tuple[Tensor, ...]:
-        """K and V of layer 1, of layer 2 and so on, inside `holding`; see `_by_head`."""
-        assert self._history is not None, f"layer {self.layer_number} was not handed its history"
-        return self._history
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where K and V are whole
     # and neither RoPE, attention nor the KV cache has seen them.
@@ -222,33 +202,6 @@ def _by_head(x: Tensor) -> Tensor:
     return x.movedim(2, 0).contiguous().view(x.shape)
 
 
-class LIMeLayer(ExtendedLayer):
-    """ExtendedLayer over a LIMeAttention; `context` are K and V of all layers so far."""
-
-    # TransformerLayer._forward_attention, 0.19.2: it does not hand `context` to self-attention.
-    def _forward_attention(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        context: tuple[Tensor, ...] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Attention half of the layer.
-
-        Args:
-            hidden_states: [s, b, h] ([s/tp, b, h] under sequence parallelism).
-            *args: as Megatron's.
-            context: K_1, V_1, K_2, V_2 .. of earlier layers; None in layer 1.
-            **kwargs: as Megatron's.
-
-        Returns:
-            hidden_states as given, and `context` with K and V of this layer behind it.
-        """
-        with self.self_attention.holding(context or ()) as attention:
-            hidden_states, _ = super()._forward_attention(hidden_states, *args, **kwargs)
-            return hidden_states, attention.history
-
-
 def carry(config: Any, n: int) -> Carry:
     """K and V of every layer so far."""
     return Carry(heads=2 * n)
@@ -288,7 +241,7 @@ LIME = Architecture(
     config=LIMeConfig,
     options=LIMeOptions,
     attention=LIMeAttention,
-    layer=LIMeLayer,
+    layer=HistoryLayer,
     carry=carry,
     tensors=own_tensors,
     refuses=(

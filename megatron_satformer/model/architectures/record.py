@@ -106,6 +106,8 @@ class Architecture:
         layer: class of every layer.
         adapt: changes Megatron's submodules of one layer further.
         carry: config and n, 0 < n < num_layers -> what crosses the boundary behind layer n.
+        reads_tokens: whether its layers read the token ids, which every stage then gets from the
+            data; `finish` hands them to the decoder.
         tensors: options and n -> its own tensors.
         ffn_width: options and n -> width of the MLP of layer n, where that is dense.
         finish: what one chunk of the model needs beyond its layers; called with the chunk, its
@@ -143,6 +145,7 @@ class Architecture:
     layer: type[TransformerLayer] = TransformerLayer
     adapt: Callable[[TransformerLayerSubmodules, Any], TransformerLayerSubmodules] | None = None
     carry: Callable[[Any, int], Carry] = lambda config, n: Carry()
+    reads_tokens: bool = False
     tensors: Callable[[Any, int], Sequence[OwnTensor]] = lambda options, n: ()
     ffn_width: Callable[[Any, int], int] = lambda options, n: options.ffn_hidden_size
     finish: "Callable[[GPTModel, int], None] | None" = None

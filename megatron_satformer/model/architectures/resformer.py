@@ -1,17 +1,24 @@
-"""ResFormer: V'_n = lambda1_n V_1 + lambda2_n V_n, static (arXiv 2410.17897, "learnable plus").
+"""ResFormer: V'_n = lambda1_n V_1 + lambda2_n V_n, static (arXiv 2410.17897, in all its forms).
 
-    lambda1_n = lambda_scale * softmax(lambda_logits)_n    over the layers that mix
-    lambda2_n                                              one scalar per layer, init 0.5
+    learnable_plus    lambda1_n = lambda_scale * softmax(lambda_logits)_n over the layers that mix,
+                      lambda2_n one scalar per layer, init 0.5
+    learnable         both are scalars per layer, init 0.5
+    identity          0.5 and 0.5
+    sparse            --resformer-lambda and 1, in the last k layers
+    svformer          1 and 0: every layer attends to V_1
 
 lambda_logits (init 0) and lambda_scale (init num_layers) belong to the whole model: every pipeline
-chunk holds a copy, Megatron sums the copies' gradients over stages.
+chunk holds a copy, Megatron sums the copies' gradients over stages. The paper gives one lambda for
+its sparse form; that the own value's weight is 1 there is our reading of it. SVFormer
+has no W_v behind layer 1 and caches V_1 once; here W_v stays, unused, and so do its parameters.
 
 Shapes: s sequence, b micro-batch, ng KV heads, hn head dim, m mixing layers; "/tp": per rank.
 """
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -36,20 +43,69 @@ from megatron_satformer.model.architectures.value_residual import (
 from megatron_satformer.model.coefficients import head_coefficients, summed_over_heads
 from megatron_satformer.unsupported import Row
 
-LAMBDA2_INIT = 0.5
+LAMBDA_INIT = 0.5
+SPARSE_LAMBDA = 5.0
+PLUS: Literal["learnable_plus"] = "learnable_plus"
 
 
 @dataclass
-class ResFormerConfig(ValueResidualConfig):
+class ResFormerOptions(ValueResidualOptions):
+    """ResFormer's own options."""
+
+    resformer_form: Literal["learnable_plus", "learnable", "identity", "sparse", "svformer"] = PLUS
+    """Which published form of resformer. learnable_plus: lambda1 of all layers by one softmax,
+    lambda2 per layer; learnable: both per layer, from 0.5; identity: 0.5 and 0.5; sparse: a fixed
+    lambda1 beside V_n, with --value-residual-last-k; svformer: V_1 in place of V_n."""
+
+    resformer_lambda: float | None = None
+    """lambda1 of resformer's sparse form. Default: 5, as published."""
+
+
+@dataclass
+class ResFormerConfig(ValueResidualConfig, ResFormerOptions):
     """ValueResidualConfig with static weights of V1."""
 
     architecture: str = "resformer"
 
     def __post_init__(self) -> None:
-        # The lambdas are shared by all stages: Megatron sums the gradients of parameters marked
+        # Lambdas that are shared by all stages: Megatron sums the gradients of parameters marked
         # `pipeline_parallel` over stages when the config has this attribute.
-        self.has_cond_embedder = True
+        self.has_cond_embedder = self.resformer_form == PLUS
         super().__post_init__()
+
+    @classmethod
+    def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
+        """As ValueResidualConfig's; the sparse form is told where, and alone has a lambda."""
+        super().check_options(options, num_layers=num_layers, groups=groups, tp=tp)
+        form, weight = options.resformer_form, options.resformer_lambda
+        if form == "sparse" and options.value_residual_last_k is None:
+            raise ValueError(
+                "resformer_form (sparse) must come with value_residual_last_k: it mixes in the "
+                "last layers alone. Add --value-residual-last-k, 3 of 8 layers as published."
+            )
+        if weight is not None and form != "sparse":
+            raise ValueError(
+                f"resformer_lambda ({weight}) must come with resformer_form (sparse), not "
+                f"resformer_form ({form}). Leave it out."
+            )
+        if weight is not None and not isfinite(weight):
+            raise ValueError(f"resformer_lambda ({weight}) must be finite. Leave it out for 5.")
+
+    @property
+    def summary(self) -> str:
+        """As ValueResidualConfig's."""
+        return super().summary + (f", {self.resformer_form}" if self.resformer_form != PLUS else "")
+
+
+def fixed_lambdas(options: Any) -> tuple[float, float] | None:
+    """Weights of V_1 and V_n that nothing learns; None: they are learned."""
+    weight = options.resformer_lambda
+    fixed = {
+        "identity": (LAMBDA_INIT, LAMBDA_INIT),
+        "sparse": (SPARSE_LAMBDA if weight is None else weight, 1.0),
+        "svformer": (1.0, 0.0),
+    }
+    return fixed.get(options.resformer_form)
 
 
 class ResFormerAttention(ValueResidualAttention):
@@ -65,16 +121,29 @@ class ResFormerAttention(ValueResidualAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if self.mixes:
-            self.value_lambda2 = head_coefficients(config, LAMBDA2_INIT)  # [1]
+            for tensor in own_tensors(config, layer_number):
+                name = tensor.megatron.rpartition(".")[2]
+                self.register_parameter(name, head_coefficients(config, LAMBDA_INIT))  # [1]
             # In a tuple, so that the chunk owns the shared parameters and not every layer.
             self._shared: tuple[SharedLambdas, ...] = ()
 
     def blend(self, value: Tensor, v1: Tensor) -> Tensor:
         """lambda1 V1 + lambda2 V. value, v1: [s, b, ng/tp, hn]."""
-        (shared,) = self._shared
-        lambda1 = shared(self.layer_number)
-        lambda2 = summed_over_heads(self.value_lambda2, self.pg_collection.tp)
+        lambda1, lambda2 = self._lambdas(value)
         return torch.addcmul(lambda2.to(value.dtype) * value, lambda1.to(value.dtype), v1)
+
+    def _lambdas(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this layer, [1] each."""
+        fixed = fixed_lambdas(self.config)
+        if fixed is not None:
+            return value.new_full((1,), fixed[0]), value.new_full((1,), fixed[1])
+        tp = self.pg_collection.tp
+        if self.config.resformer_form == PLUS:
+            (shared,) = self._shared
+            lambda1 = shared(self.layer_number)
+        else:
+            lambda1 = summed_over_heads(self.value_lambda1, tp)
+        return lambda1, summed_over_heads(self.value_lambda2, tp)
 
 
 class SharedLambdas(MegatronModule):
@@ -128,6 +197,8 @@ def attach_shared_lambdas(chunk: Any, place: int) -> None:
         chunk: a GPTModel, not wrapped yet.
         place: its number in the model; see `SharedLambdas`.
     """
+    if chunk.config.resformer_form != PLUS:
+        return
     decoder = chunk.decoder
     decoder.value_residual = SharedLambdas(chunk.config, decoder.pg_collection.tp, place)
     mixing = [layer.self_attention for layer in decoder.layers if layer.self_attention.mixes]
@@ -160,8 +231,13 @@ class _WithoutEffect(torch.autograd.Function):
 
 
 def own_tensors(options: Any, n: int) -> list[OwnTensor]:
-    """lambda2 of layer n; the lambdas of the whole model for n = 0."""
+    """Learned lambdas of layer n; those of the whole model for n = 0."""
+    if fixed_lambdas(options) is not None:
+        return []
+    shared = options.resformer_form == PLUS
     if n == 0:
+        if not shared:
+            return []
         m = sum(mixes(options, layer) for layer in range(1, options.num_layers + 1))
         sizes = {"lambda_logits": m, "lambda_scale": 1}
         return [
@@ -170,8 +246,10 @@ def own_tensors(options: Any, n: int) -> list[OwnTensor]:
         ]
     if not mixes(options, n):
         return []
+    names = ("value_lambda2",) if shared else ("value_lambda1", "value_lambda2")
     return [
-        OwnTensor("self_attention.value_lambda2", ("self_attn.value_lambda2",), (1,), fp32=True)
+        OwnTensor(f"self_attention.{name}", (f"self_attn.{name}",), (1,), fp32=True)
+        for name in names
     ]
 
 
@@ -181,7 +259,9 @@ def _defaults(preview: Namespace) -> dict[str, Any]:
     return {"dist_ckpt_optim_fully_reshardable": True} if preview.use_distributed_optimizer else {}
 
 
-def _mixes_in_fewer(options: Any) -> str | None:
+def _is_other_there(options: Any) -> str | None:
+    if options.resformer_form != PLUS:
+        return f"resformer_form ({options.resformer_form}) must be {PLUS}: it has no other there"
     last_k = options.value_residual_last_k
     if last_k is None or last_k >= options.num_layers - 1:
         return None
@@ -197,10 +277,7 @@ RESFORMER = Architecture(
     name="resformer",
     mfu=0.231,
     source="arXiv 2410.17897",
-    equation=(
-        "V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n"
-        "lambda1_n = lambda_scale * softmax(lambda_logits)_n"
-    ),
+    equation=("V'_n = lambda1_n V_1 + lambda2_n V_n, in layers n that mix\n{config.lambdas}"),
     about=(
         "V_1 are the values of the first layer. The KV cache holds V', so decoding costs what it "
         "costs a\nplain Transformer. ResFormer is described in arXiv 2410.17897."
@@ -208,7 +285,7 @@ RESFORMER = Architecture(
     twin="megatron_satformer.model.reference.resformer:ResFormer",
     exported="megatron_satformer.checkpoint.exported.modeling_resformer:ResFormerForCausalLM",
     config=ResFormerConfig,
-    options=ValueResidualOptions,
+    options=ResFormerOptions,
     attention=ResFormerAttention,
     layer=ValueResidualLayer,
     carry=carry_v1,
@@ -236,7 +313,7 @@ RESFORMER = Architecture(
             shapes=lambda options: {"value_lambda2": (), "lambda_scale": ()},
             options={"value_residual_last_k": "value_residual_last_k"},
             fixed=lambda options: {"use_value_residual": True},
-            refuse=_mixes_in_fewer,
+            refuse=_is_other_there,
         ),
     ),
 )

@@ -13,9 +13,9 @@ Shapes: s sequence, b micro-batch, h hidden, np heads, ng KV heads, hn head dim;
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -29,95 +29,31 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from torch import Tensor
 
+from megatron_satformer.model.architectures.gate_options import (
+    CHANNELS,
+    CONSTANT,
+    SATFormerConfig,
+    SATFormerOptions,
+    gate_rows,
+    is_convex,
+    own_tensors,
+    why_not_from_zero,
+    why_not_published,
+)
 from megatron_satformer.model.architectures.layouts import PaperLayout
-from megatron_satformer.model.architectures.record import Architecture, OwnTensor
+from megatron_satformer.model.architectures.record import Architecture
 from megatron_satformer.model.architectures.value_residual import (
     REFUSES,
     ValueResidualAttention,
-    ValueResidualConfig,
     ValueResidualLayer,
-    ValueResidualOptions,
     carry_v1,
     describe_mixing,
-    mixes,
 )
-from megatron_satformer.model.gates import apply_gate
+from megatron_satformer.model.gates import ChannelGate, ConstantGate, apply_gate
 from megatron_satformer.model.mixing import gated_sum
 from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
-VALUE_GATES = ("relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity")
-STARTS_SHUT = ("tanh", "identity")  # 0 at 0, with a gradient there
-
-
-@dataclass
-class SATFormerOptions(ValueResidualOptions):
-    """SATFormer's own options."""
-
-    value_gate: Literal["relu", "sigmoid", "softmax", "softmax_sigmoid", "tanh", "identity"] = (
-        "relu"
-    )
-    """Gate function of satformer. The softmax forms run over all KV heads of the model and are
-    scaled by their number."""
-
-    value_gate_bias: bool = False
-    """Give the gate projection a bias (initialised to 0)."""
-
-    value_gate_init_std: float | None = field(default=None, metadata={"changeable": True})
-    """Standard deviation of the gate projection at init. Default: that of the other weights
-    (--init-method-std). 0 starts as a plain Transformer with tanh and identity; relu gates would
-    never open, having no gradient at 0, and the others start open."""
-
-    log_gates_interval: int | None = field(default=None, metadata={"changeable": True})
-    """Steps between two lines of mean alpha and share of zeros per mixing layer in metrics.jsonl
-    and TensorBoard. Default: none."""
-
-
-@dataclass
-class SATFormerConfig(ValueResidualConfig, SATFormerOptions):
-    """ValueResidualConfig with gates."""
-
-    architecture: str = "satformer"
-
-    @classmethod
-    def check_options(cls, options: Any, *, num_layers: int, groups: int, tp: int) -> None:
-        """As ValueResidualConfig's; an interval is some steps."""
-        super().check_options(options, num_layers=num_layers, groups=groups, tp=tp)
-        if options.log_gates_interval is not None and options.log_gates_interval < 1:
-            raise ValueError(
-                f"log_gates_interval ({options.log_gates_interval}) must be at least 1 step. Leave "
-                "it out to log no gates."
-            )
-
-    @property
-    def summary(self) -> str:
-        """As DecoderConfig's."""
-        bias = " with bias" if self.value_gate_bias else ""
-        return f"{super().summary}, {self.value_gate} gate{bias}"
-
-    @property
-    def warning(self) -> str | None:
-        """What is wrong with gates whose projection starts at exactly 0."""
-        why = why_not_from_zero(self)
-        if self.value_gate_init_std != 0 or why is None:
-            return None
-        way = ""
-        if self.value_gate == "relu":
-            way = (
-                " Use --value-gate tanh or identity, which start at 0 and learn, or a small "
-                "--value-gate-init-std (1e-3)."
-            )
-        return f"value_gate ({self.value_gate}) with value_gate_init_std (0): {why}{way}"
-
-
-def why_not_from_zero(options: Any) -> str | None:
-    """Why gates whose projection is 0 do not start as a Transformer and learn; None: they do."""
-    gate = options.value_gate
-    if gate in STARTS_SHUT:
-        return None
-    if gate == "relu":
-        return "relu has no gradient at 0 and would never open."
-    return f"{gate} starts open. Only {' and '.join(STARTS_SHUT)} start at 0 and learn."
 
 
 class SATFormerAttention(ValueResidualAttention):
@@ -131,17 +67,29 @@ class SATFormerAttention(ValueResidualAttention):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        mixes = config.mixes(layer_number)
-        if mixes:
-            submodules = replace(submodules, linear_qkv=_widened(submodules.linear_qkv))
+        self.gate_rows = gate_rows(config) if config.mixes(layer_number) else 0
+        if self.gate_rows:
+            widened = _widened(submodules.linear_qkv, self.gate_rows)
+            submodules = replace(submodules, linear_qkv=widened)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.alpha_observer: Callable[[int, Callable[[], Tensor]], None] | None = None
-        if mixes:
-            self._gate_logits: Tensor | None = None
+        self._gate_logits: Tensor | None = None
+        if self.mixes:
+            self._add_gate_modules()
+        if self.gate_rows:
             self._init_gate_rows()
             self.linear_qkv.register_forward_hook(self._keep_gate_logits)
         if config.expects_transformer:
             self.register_load_state_dict_post_hook(_transformer_was_read)
+
+    def _add_gate_modules(self) -> None:
+        """What a gate has beside its rows of linear_qkv."""
+        heads, tp = self.num_query_groups_per_partition, self.pg_collection.tp
+        start = self.config.value_gate_bias_init
+        if self.config.value_gate == CONSTANT:
+            self.value_gate = ConstantGate(self.config, heads, start, tp)
+        elif self.config.value_gate == CHANNELS:
+            self.value_gate_up = ChannelGate(self.config, heads, self.gate_rows, start, tp)
 
     @property
     def _row_counts(self) -> list[int]:
@@ -151,20 +99,34 @@ class SATFormerAttention(ValueResidualAttention):
             heads *= 2
         groups = self.num_query_groups_per_partition
         qkv = (heads + 2 * groups) * self.hidden_size_per_attention_head
-        return [qkv, groups, _padding(qkv + groups)]
+        gate = self.gate_rows // self.pg_collection.tp.size()
+        return [qkv, gate, _padding(qkv + gate)]
 
     def blend(self, value: Tensor, v1: Tensor) -> Tensor:
-        """V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
+        """V + alpha V1, or, convex, (1 - alpha) V + alpha V1. value, v1: [s, b, ng/tp, hn]."""
         logits, self._gate_logits = self._gate_logits, None
-        assert logits is not None, "linear_qkv did not run before blend"
+        assert logits is not None or not self.gate_rows, "linear_qkv did not run before blend"
         gate, tp = self.config.value_gate, self.pg_collection.tp
         if self.alpha_observer is not None and self.training:
-            self.alpha_observer(self.layer_number, partial(apply_gate, logits.detach(), gate, tp))
+            seen = None if logits is None else logits.detach()
+            self.alpha_observer(self.layer_number, partial(self._alpha, seen))
+        if logits is None or self.config.value_gate_offset or is_convex(self.config):
+            alpha = self._alpha(logits).to(value.dtype)
+            return torch.lerp(value, v1, alpha) if is_convex(self.config) else value + alpha * v1
         blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
         if blended is not None:
             return blended
         alpha = apply_gate(logits, gate, tp)  # [s, b, ng/tp]
         return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
+
+    def _alpha(self, logits: Tensor | None) -> Tensor:
+        """[s, b, ng/tp, 1], per channel [s, b, ng/tp, hn], without input [ng/tp, 1]."""
+        if logits is None:
+            return self.value_gate()
+        if self.config.value_gate == CHANNELS:
+            return self.value_gate_up(logits)
+        alpha = apply_gate(logits, self.config.value_gate, self.pg_collection.tp)
+        return self.config.value_gate_offset + alpha.unsqueeze(-1)
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -199,6 +161,8 @@ class SATFormerAttention(ValueResidualAttention):
             keep = [self._has_qkv_bias, self.config.value_gate_bias, False]
             kept = zip(self._row_counts, keep, strict=True)
             mask = torch.cat([bias.new_full((rows,), float(k)) for rows, k in kept])
+            if self.config.value_gate_bias:
+                bias.split(self._row_counts)[1].fill_(self.config.value_gate_bias_init)
             bias.register_hook(lambda gradient: gradient * mask.to(gradient))
 
     @property
@@ -219,7 +183,11 @@ class SATFormerAttention(ValueResidualAttention):
         Where a plain Transformer's checkpoint is expected (--from-transformer) the gate has none.
         """
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.mixes:
+        if self.config.expects_transformer:
+            for name, entry in entries.items():
+                if name.startswith(f"{prefix}value_gate"):
+                    entries[name] = LocalNonpersistentObject(entry.data)
+        if self.gate_rows:
             gate = not self.config.expects_transformer
             wanted = {"weight": (True, gate)}
             if self._has_bias:
@@ -270,28 +238,16 @@ def _transformer_was_read(attention: SATFormerAttention, _: Any) -> None:
     attention.config.expect_transformer(False)
 
 
-def own_tensors(options: Any, n: int) -> list[OwnTensor]:
-    """Gate projection of layer n."""
-    if not mixes(options, n):
-        return []
-    gate, heads = "self_attention.value_gate", options.num_query_groups
-    weight = OwnTensor(
-        f"{gate}.weight", ("self_attn.value_gate.weight",), (heads, options.hidden_size)
-    )
-    bias = OwnTensor(f"{gate}.bias", ("self_attn.value_gate.bias",), (heads,))
-    return [weight, bias] if options.value_gate_bias else [weight]
-
-
 def _padding(rows: int) -> int:
     return -rows % ROW_MULTIPLE
 
 
-def _widened(linear_qkv: Any) -> Any:
+def _widened(linear_qkv: Any, gate_rows: int) -> Any:
     """Builder of linear_qkv with room for the gate rows on every tensor-parallel rank."""
 
     def build(hidden_size: int, qkv_rows: int, *, config: SATFormerConfig, **kwargs: Any) -> Any:
         tp = config.tensor_model_parallel_size
-        rows = qkv_rows // tp + config.num_query_groups // tp
+        rows = qkv_rows // tp + gate_rows // tp
         kwargs["bias"] = kwargs["bias"] or config.value_gate_bias
         return linear_qkv(hidden_size, (rows + _padding(rows)) * tp, config=config, **kwargs)
 
@@ -303,10 +259,7 @@ SATFORMER = Architecture(
     name="satformer",
     mfu=0.234,
     source="arXiv 2605.03953",
-    equation=(
-        "V'_n = V_n + alpha_n V_1, in layers n that mix\n"
-        "alpha_n = {config.value_gate}(W_gate,n x_n), one scalar per token and KV head"
-    ),
+    equation=("V'_n = V_n + alpha_n V_1, in layers n that mix\n{config.gate_equation}"),
     about=(
         "V_1 are the values of the first layer. The KV cache holds V', so decoding costs what it "
         "costs a\nplain Transformer. SATFormer is described in arXiv 2605.03953."
@@ -352,6 +305,7 @@ SATFORMER = Architecture(
                 "value_residual_last_k": "value_residual_last_k",
             },
             fixed=lambda options: {"use_value_residual": True},
+            refuse=why_not_published,
         ),
     ),
 )

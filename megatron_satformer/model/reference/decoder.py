@@ -2,8 +2,8 @@
 
 The truth that every fast path is compared with: written to be read, it must not know Megatron,
 parallelism or caches. Its parameters are named as in the exported Hugging Face model. Each relative
-is a file beside this one that overrides the seams: `Attention.mix`, `Layer.forward`,
-`Decoder.start` and `Decoder.finish`.
+is a file beside this one that overrides the seams: `Attention.mix` and `mix_normed`,
+`Layer.forward`, `Decoder.start` and `Decoder.finish`.
 
 Shapes: b batch, s sequence, h hidden, np query heads, ng KV heads, hn head dim, L layers.
 """
@@ -93,6 +93,19 @@ class Attention(nn.Module):
         """
         return k, v, carried, None
 
+    def mix_normed(
+        self, q: Tensor, k: Tensor, v: Tensor, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Values as attention reads them, from q and k as normed, before rotation; what is carried.
+
+        Args:
+            q: [b, s, np, hn].
+            k: [b, s, ng, hn].
+            v: from `mix`, [b, s, ng, hn].
+            carried: from `mix`.
+        """
+        return v, carried
+
     def forward(self, x: Tensor | tuple[Tensor, ...], carried: Carried) -> Attended:
         """Normed x [b, s, h], or three -> output [b, s, h], what the next layer gets, is shown."""
         inputs = x if isinstance(x, tuple) else (x,) * 3
@@ -102,6 +115,7 @@ class Attention(nn.Module):
         k, v, carried, shown = self.mix(inputs[2], k, v, carried)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        v, carried = self.mix_normed(q, k, v, carried)
         q, k = apply_rope(q, self.config.rope_theta), apply_rope(k, self.config.rope_theta)
         k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
         future = torch.full((s, s), float("-inf"), device=q.device).triu(1)
@@ -165,8 +179,8 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def start(self) -> Carried:
-        """What layer 1 gets."""
+    def start(self, input_ids: Tensor) -> Carried:
+        """What layer 1 gets; input_ids: [b, s]."""
         return ()
 
     def finish(self, x: Tensor, carried: Carried) -> Tensor:
@@ -175,7 +189,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> DecoderOutput:
         """Labels [b, s] stand beside the logits that predict them (shifted), -100 is ignored."""
-        x, carried, shown = self.model.embed_tokens(input_ids), self.start(), []
+        x, carried, shown = self.model.embed_tokens(input_ids), self.start(input_ids), []
         for layer in self.model.layers:
             x, carried, of_layer = layer(x, carried)
             shown += [] if of_layer is None else [of_layer]

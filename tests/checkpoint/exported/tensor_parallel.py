@@ -34,10 +34,10 @@ def check(folder: str, architecture: str, greedy: dict, trains: bool) -> None:
         torch.testing.assert_close(ours, part, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def check_refused(folder: str, architecture: str) -> None:
+def check_refused(folder: str, architecture: str, what: str) -> None:
     """The model in `folder` says that it does not run split over the ranks."""
     model = _load_split(folder, architecture)
-    with pytest.raises(NotImplementedError, match="the router of a LIMe needs all KV heads toget"):
+    with pytest.raises(NotImplementedError, match=f"{what} needs all KV heads together"):
         model(torch.tensor([[3, 4, 5]]))
 
 

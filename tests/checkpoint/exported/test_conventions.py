@@ -87,7 +87,7 @@ def test_layers_by_hand(architecture):
     _, model = build_pair(architecture=architecture)
     ids = random_ids()
     decoder, states = model.model, model(ids, output_hidden_states=True).hidden_states
-    x, carried = decoder.embed_tokens(ids), decoder.start()
+    x, carried = decoder.embed_tokens(ids), decoder.start(ids)
     given = {"position_embeddings": decoder.rotary_emb(x, torch.arange(13)[None])}
     for n, layer in enumerate(decoder.layers):
         assert torch.equal(x, states[n])

@@ -67,7 +67,7 @@ def test_what_is_carried_moves_with_the_layer(architecture):
     cached = [layer.values.is_meta for layer in out.past_key_values.layers]
     assert cached == [False, False, True, True]
     x, v1 = torch.ones(2, 13, 24), torch.ones(2, 13, 2, 6)
-    carried = (*(lambdas.to("meta") for lambdas in model.model.start()), v1)
+    carried = (*(lambdas.to("meta") for lambdas in model.model.start(None)), v1)
     with pytest.raises(RuntimeError, match="device"):
         model.model.layers[3].self_attn.mix(x.to("meta"), v1.to("meta"), v1.to("meta"), carried)
 
@@ -176,10 +176,22 @@ def test_lora(checkpointing):
         assert torch.equal(parameter, before[name]) != learned, name
 
 
-@pytest.mark.parametrize("architecture", MIXING)
-def test_tensor_parallel(architecture, on_ranks, tmp_path):
+SPLIT = {
+    "lime": "the router of a LIMe",
+    "value_embeddings": "a table of value embeddings",
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        *((name, {}) for name in MIXING),
+        pytest.param("satformer", {"value_gate": "lerp_channels"}, marks=pytest.mark.slow),
+    ],
+)
+def test_tensor_parallel(architecture, options, on_ranks, tmp_path):
     """transformers' own tensor parallelism, by the plan in the configuration."""
-    _, model = build_pair(architecture=architecture, vocab_size=68)
+    _, model = build_pair(architecture=architecture, vocab_size=68, **options)
     model.save_pretrained(tmp_path)
     ids = random_ids()
     model(ids, labels=ids).loss.backward()
@@ -209,8 +221,10 @@ def test_fully_sharded(architecture, on_ranks, tmp_path):
     on_ranks(2, f"{fully_sharded.__name__}:check", str(tmp_path), architecture, losses)
 
 
-def test_tensor_parallel_is_refused_where_heads_are_mixed(on_ranks, tmp_path):
-    """A router reads all KV heads, and each rank would have its own alone."""
-    _, model = build_pair(architecture="lime", vocab_size=68)
+@pytest.mark.parametrize("architecture", SPLIT)
+def test_tensor_parallel_is_refused_where_heads_are_mixed(architecture, on_ranks, tmp_path):
+    """What reads, or holds, all KV heads, where each rank would have its own alone."""
+    _, model = build_pair(architecture=architecture, vocab_size=68)
     model.save_pretrained(tmp_path)
-    on_ranks(2, "tests.checkpoint.exported.tensor_parallel:check_refused", str(tmp_path), "lime")
+    call = "tests.checkpoint.exported.tensor_parallel:check_refused"
+    on_ranks(2, call, str(tmp_path), architecture, SPLIT[architecture])

@@ -28,6 +28,11 @@ DIFFERENT = {
         ("test_tp_forward_0", "test_tp_forward_1", "test_tp_generation", "test_tp_backward"),
         f"refused, {SPLIT}",
     ),
+    # a table has the values of all KV heads
+    "value_embeddings": dict.fromkeys(
+        ("test_tp_forward_0", "test_tp_forward_1", "test_tp_generation", "test_tp_backward"),
+        "refused: a rank has its heads' values alone",
+    ),
 }
 
 

@@ -75,6 +75,7 @@ EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 # what needs all heads together
 SPLIT = {name: "value_gate (softmax)" for name in CELLS if "softmax" in name}
 SPLIT["lime"] = "the router of a LIMe"
+SPLIT["value_embeddings"] = "a table of value embeddings"
 SERVED = [name for name in CELLS if name in TABLE]
 COMPILED = "satformer"
 

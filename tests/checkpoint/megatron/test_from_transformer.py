@@ -26,6 +26,7 @@ EXACT = {
     "satformer": "--value-gate-init-std 0 --value-gate tanh",
     "lime": "--lime-router-init identity",
     "mhc": "--mhc-start transformer",
+    "value_embeddings": "--value-embedding-init zero",
 }
 LAYOUTS = {
     "one rank": (1, ""),

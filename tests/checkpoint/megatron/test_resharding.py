@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_satformer.model.architectures import find_architecture
 from tests.models import build_config
-from tests.parallel.layouts import CARRYING, GATED
+from tests.parallel.layouts import CARRYING, GATED, READING
 from tests.small import DO, PP2, RTOL, TP2
 
 # Odd sizes: rows of linear_qkv need padding at every tensor-parallel size, 12 rows at TP1, 14 of
@@ -35,7 +35,7 @@ LAYOUTS = {
 FAST = [(name, layout) for name in GATED for layout in ("PP2 x 2 virtual",)]
 CASES = [
     pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
-    for name in CARRYING
+    for name in (*CARRYING, *READING)
     for layout in (LAYOUTS if name in GATED else ("TP4", "PP2 x 2 virtual"))
 ]
 LAYER = {
@@ -68,9 +68,10 @@ ADDED = {
 
 def expected_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, whatever the layout: no padding of linear_qkv in any."""
-    config = build_config(
-        architecture, num_layers=LAYERS, hidden_size=H, num_attention_heads=NP, num_query_groups=NG
-    )
+    shape = {"num_layers": LAYERS, "hidden_size": H, "num_attention_heads": NP, "kv_channels": HN}
+    config = build_config(architecture, num_query_groups=NG, **shape)
+    if hasattr(config, "padded_vocab_size"):
+        config.padded_vocab_size = VOCABULARY
     added = find_architecture(architecture).all_tensors(config)
     model = WHOLE | {tensor.megatron: tensor.shape for _, tensor in added}
     for layer in range(LAYERS):

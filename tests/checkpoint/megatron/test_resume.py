@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.parallel.layouts import CARRYING
+from tests.parallel.layouts import CARRYING, READING
 from tests.small import DO, PP2, SHAPE, SP, TP2
 
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
@@ -26,7 +26,10 @@ SLOW = pytest.mark.slow
         pytest.param(2, f"{DO} {FP16}", marks=SLOW),
         pytest.param(2, VIRTUAL, marks=SLOW),
         pytest.param(2, f"{PP2} {DO} {ASYNC}", marks=SLOW),
-        *(pytest.param(2, f"{DO} --architecture {name}", marks=SLOW) for name in CARRYING),
+        *(
+            pytest.param(2, f"{DO} --architecture {name}", marks=SLOW)
+            for name in (*CARRYING, *READING)
+        ),
         pytest.param(2, f"{PP2} --architecture resformer --ckpt-format torch", marks=SLOW),
         pytest.param(4, f"{TP2} {PP2} {SP} {DO} {DROPOUT}", marks=SLOW),
         pytest.param(4, f"{PP2} {DO} --overlap-grad-reduce --overlap-param-gather", marks=SLOW),

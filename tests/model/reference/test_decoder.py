@@ -90,11 +90,49 @@ def test_resformer_equation():
     v, v1 = torch.randn(1, 3, 2, 6), torch.randn(1, 3, 2, 6)
     for n in range(4):
         attention = model.model.layers[n].self_attn
-        _, mixed, carried, shown = attention.mix(None, v, v, (*model.start(), v1))
+        _, mixed, carried, shown = attention.mix(None, v, v, (*model.start(None), v1))
         assert shown is None
         assert carried[1] is v1
         expected = v if n < 2 else lambda1[n - 2] * v1 + float(attention.value_lambda2) * v
         torch.testing.assert_close(mixed, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("form", "weights"),
+    [
+        ({"resformer_form": "identity"}, (0.5, 0.5)),
+        ({"resformer_form": "sparse"}, (5.0, 1.0)),
+        ({"resformer_form": "sparse", "resformer_lambda": 2.0}, (2.0, 1.0)),
+        ({"resformer_form": "svformer"}, (1.0, 0.0)),
+        ({"resformer_form": "learnable"}, None),
+    ],
+    ids=str,
+)
+def test_forms_of_resformer(form, weights):
+    model = build(architecture="resformer", value_residual_last_k=2, **form)
+    attention, v, v1 = model.model.layers[2].self_attn, *torch.randn(2, 1, 3, 2, 6)
+    if weights is None:
+        weights = attention.value_lambda1, attention.value_lambda2
+        assert weights[0] is not weights[1]
+    _, mixed, _, _ = attention.mix(None, v, v, (*model.start(None), v1))
+    torch.testing.assert_close(mixed, weights[0] * v1 + weights[1] * v)
+    own = [name for name in model.state_dict() if "lambda" in name]
+    assert len(own) == (4 if form["resformer_form"] == "learnable" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["lerp", "lerp_channels"])
+def test_convex_gates_share_what_there_is(gate):
+    """Each number of V' lies between those of V and V_1, at the share that alpha says."""
+    attention = build(value_gate=gate, value_gate_rank=None).model.layers[2].self_attn
+    x, v, v1 = torch.randn(1, 3, 24), torch.randn(1, 3, 2, 6), torch.randn(1, 3, 2, 6)
+    _, mixed, _, shown = attention.mix(x, v, v, (v1,))
+    share = (mixed - v) / (v1 - v)
+    assert share.min() > 0
+    assert share.max() < 1
+    torch.testing.assert_close(share.mean(-1), shown, rtol=1e-3, atol=1e-4)
+    assert (share.std(-1).max() > 1e-3) == (gate == "lerp_channels")
 
 
 def test_resformer_at_init():
@@ -117,6 +155,9 @@ def test_gates():
         "softmax_sigmoid": [3 * v / sum(e) * g for v, g in zip(e, sig, strict=True)],
         "tanh": [math.tanh(v) for v in (-1.0, 0.5, 2.0)],
         "identity": [-1.0, 0.5, 2.0],
+        "softplus": [math.log(1 + v) for v in e],
+        "leaky_relu": [-0.01, 0.5, 2.0],
+        "lerp": sig,
     }
     assert set(GATES) == set(expected)
     for name, gate in GATES.items():
