@@ -42,7 +42,7 @@ from megatron_satformer.model.architectures.value_residual import (
     mixes,
 )
 from megatron_satformer.model.gates import apply_gate
-from megatron_satformer.model.mixing import gated_sum
+from megatron_satformer.model.mixing import ELEMENTWISE, gated_sum
 from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
@@ -160,11 +160,10 @@ class SATFormerAttention(ValueResidualAttention):
         gate, tp = self.config.value_gate, self.pg_collection.tp
         if self.alpha_observer is not None and self.training:
             self.alpha_observer(self.layer_number, partial(apply_gate, logits.detach(), gate, tp))
-        blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
-        if blended is not None:
-            return blended
-        alpha = apply_gate(logits, gate, tp)  # [s, b, ng/tp]
-        return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
+        if gate not in ELEMENTWISE:
+            logits, gate = apply_gate(logits, gate, tp), "identity"  # alpha, [s, b, ng/tp]
+        fused, kept = self.config.fused_blend, self.buffer_is_kept(value)
+        return gated_sum(value, logits, v1, gate, fused=fused, in_place=kept and self.is_local)
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: linear_qkv runs inside, and so does blend.
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

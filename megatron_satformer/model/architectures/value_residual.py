@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.record import Carry
+from megatron_satformer.model.attention import DecoderAttention
 from megatron_satformer.unsupported import Row
 
 _STATIC = "V1 would have to be a static buffer"
@@ -112,8 +112,8 @@ class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
         return f"{self.architecture}, {self.num_mixing_layers} of {self.num_layers} layers mix V1"
 
 
-class ValueResidualAttention(SelfAttention):
-    """SelfAttention that makes V1 in layer 1 and blends it into V in the layers that mix.
+class ValueResidualAttention(DecoderAttention):
+    """DecoderAttention that makes V1 in layer 1 and blends it into V in the layers that mix.
 
     An architecture subclasses it and implements `blend`.
     """
@@ -156,18 +156,14 @@ class ValueResidualAttention(SelfAttention):
         assert self._v1 is not None, f"layer {self.layer_number} was not handed V1"
         return self._v1
 
-    # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where V is whole and
-    # neither attention, RoPE nor the KV cache has seen it.
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """As SelfAttention's, V blended; layer 1 keeps V as V1."""
-        query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+    def finish_value(self, value: Tensor) -> Tensor:
+        """As DecoderAttention's, V blended; layer 1 keeps V as V1."""
         if self.makes_v1:
             # One contiguous copy feeds both layer 1's attention and the carry: a slice would
             # keep layer 1's whole QKV buffer alive until the last backward.
             self._v1 = value = value.contiguous()
-        elif self.mixes:
-            value = self.blend(value, self.v1)
-        return query, key, value, *rest
+            return value
+        return self.blend(value, self.v1) if self.mixes else super().finish_value(value)
 
 
 class ValueResidualLayer(TransformerLayer):
