@@ -99,8 +99,9 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     """
     args = get_args()
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
-    packed = args.dataloader_inter_document_masking
-    if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
+    packed, ids_everywhere = args.dataloader_inter_document_masking, _ids_everywhere(args)
+    whole = ids_everywhere or is_first_or_last_pipeline_stage(vp_stage)
+    if not whole and not packed:
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
@@ -122,13 +123,14 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        # Of one stage, everything.
+        pipeline_model_parallel_size=1 if ids_everywhere else args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
-    if is_first_or_last_pipeline_stage(vp_stage):
+    if whole:
         batch = get_batch_on_this_cp_rank(
             batch,
             is_hybrid_cp=False,
@@ -266,8 +268,17 @@ def _build_datasets(args: Any, samples: Any, reads: Any, config: GPTDatasetConfi
 def _reads_data(vp_stage: int | None) -> bool:
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    packed = get_args().dataloader_inter_document_masking
-    return packed or is_first_or_last_pipeline_stage(vp_stage)
+    args = get_args()
+    return (
+        args.dataloader_inter_document_masking
+        or _ids_everywhere(args)
+        or is_first_or_last_pipeline_stage(vp_stage)
+    )
+
+
+def _ids_everywhere(args: Any) -> bool:
+    """Whether every pipeline stage computes from token ids."""
+    return args.v1_transport == "recompute" and args.pipeline_model_parallel_size > 1
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

@@ -20,7 +20,7 @@ class DecoderAttention(SelfAttention):
 
     @property
     def is_local(self) -> bool:
-        """Whether its modules are those of the local backend; Transformer Engine's are left alone."""
+        """Whether its modules are the local backend's; Transformer Engine's are left alone."""
         return self.config.transformer_impl == "local"
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where V is whole and
@@ -54,12 +54,16 @@ class DecoderAttention(SelfAttention):
 def _keeps_input(norm: torch.nn.Module, value: Tensor) -> bool:
     """Whether the norm of a strided view like `value` saves that view."""
     buffer = value.new_zeros(1, 1, 1, 2 * value.size(-1)).requires_grad_()
-    storage, saved = buffer.untyped_storage()._cdata, []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.append(tensor.untyped_storage()._cdata), lambda _: None
-    ):
+    storage = buffer.untyped_storage()._cdata
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         norm(buffer[..., : value.size(-1)])
-    return storage in saved
+    return any(tensor.untyped_storage()._cdata == storage for tensor in saved)
 
 
 class Remade:

@@ -92,6 +92,7 @@ def gated_sum(
     return _GatedSum.apply(value, logits, v1, gate, fused, in_place)
 
 
+_ops = torch.ops.aten
 # Gates of one logit alone, and their gradients, from that of alpha and alpha, as autograd has them.
 ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "relu": (torch.relu, lambda gradient, alpha: _ops.threshold_backward(gradient, alpha, 0)),
@@ -99,7 +100,6 @@ ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "tanh": (torch.tanh, lambda gradient, alpha: _ops.tanh_backward(gradient, alpha)),
     "identity": (lambda logits: logits, lambda gradient, alpha: gradient),
 }
-_ops = torch.ops.aten
 
 
 class _GatedSum(torch.autograd.Function):

@@ -198,7 +198,8 @@ def _gate(logit, GATE: tl.constexpr):
 
 @triton.jit
 def blend_forward(value, logits, v1, out, vt, vg, lt, lg, ot, og, T, G: tl.constexpr,
-                  D: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr,
+                  BD: tl.constexpr):  # fmt: skip
     """A block of rows, one per token and head: value + gate(logit) v1."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     t, g, d = r // G, r % G, tl.arange(0, BD)

@@ -11,6 +11,7 @@ from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.architectures.record import Carry
 from megatron_satformer.parallel import recompute
 from megatron_satformer.parallel.carry import carry_behind, pack, unpack
+from megatron_satformer.parallel.replicas import makes_v1_everywhere, replicate_v1
 
 
 def finish_chunks(chunks: list[GPTModel]) -> list[GPTModel]:
@@ -26,9 +27,11 @@ def finish_chunks(chunks: list[GPTModel]) -> list[GPTModel]:
     Returns:
         The same chunks.
     """
+    replicate_v1(chunks)
     for chunk in chunks:
         decoder, config = chunk.decoder, chunk.config
-        if not any(find_architecture(config.architecture).carries(config)):
+        carries = find_architecture(config.architecture).carries(config)
+        if not any(carries) and not makes_v1_everywhere(config):
             continue
         recompute.activate()
         decoder.register_forward_hook(_forget_input)
