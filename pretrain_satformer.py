@@ -104,8 +104,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
     """
     args = get_args()
     keys = BATCH_KEYS + PACKED_KEYS + OTHER_KEYS
-    packed = args.dataloader_inter_document_masking
-    reads_tokens = find_architecture(args.architecture).reads_tokens
+    packed, reads_tokens = args.dataloader_inter_document_masking, _every_stage_reads_tokens(args)
     at_an_end = is_first_or_last_pipeline_stage(vp_stage)
     if not (at_an_end or packed or reads_tokens):
         return dict.fromkeys(keys)
@@ -286,9 +285,15 @@ def _reads_data(vp_stage: int | None) -> bool:
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
     args = get_args()
-    if args.dataloader_inter_document_masking or find_architecture(args.architecture).reads_tokens:
+    if args.dataloader_inter_document_masking or _every_stage_reads_tokens(args):
         return True
     return is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _every_stage_reads_tokens(args: Any) -> bool:
+    if args.v1_transport == "recompute" and args.pipeline_model_parallel_size > 1:
+        return True
+    return find_architecture(args.architecture).reads_tokens
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

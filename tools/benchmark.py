@@ -6,9 +6,9 @@
     python tools/benchmark.py --vllm .venv/vllm/bin
 
 Runs A B C A B C ... in one process, so that all meet the same machine, and prints the median step
-time and the peak memory of each, also over those of A. With --hf, the exported Hugging Face models
-read a prompt and decode on the CPU beside transformers' own Qwen3 (or Llama) of the same shape;
-with --vllm, vLLM serves them. Not a test: figures depend on the machine.
+time, the bytes kept for backward and the peak memory of each, also over those of A. With --hf, the
+exported Hugging Face models read a prompt and decode on the CPU beside transformers' own Qwen3 (or
+Llama) of the same shape; with --vllm, vLLM serves them. Not a test: times depend on the machine.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--rounds", type=int, help="of one turn each; with --hf: prompts of each")
-    parser.add_argument("--processes", type=int, help="with --hf: one after the other")
+    parser.add_argument("--processes", type=int, help="one after the other; ratios: their median")
     parser.add_argument("--steps", type=int, help="steps of each per round")
     parser.add_argument("--new-tokens", type=int, help="with --hf: decoded after each prompt")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Training steps of architectures at one shape, side by side on one device.
 
-One process steps A, B, C, A, B, C, ... so that all meet the same machine; ratios are to A. Peak
+One process steps A, B, C, A, B, C, ... so that all meet the same machine; ratios are to A. Memory
+differs from process to process by some percent; what autograd keeps is counted, to the byte. Peak
 memory is taken per architecture: on a GPU from the allocator, on the CPU as the peak resident set
 of a process of its own, above what it held before the model was built.
 """
@@ -16,6 +17,7 @@ import torch
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.backend.process_memory import resident
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
+from megatron_satformer.benchmark.saved import bytes_saved
 from megatron_satformer.benchmark.utilization import count_training_flops, peak_flops
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture
@@ -38,9 +40,14 @@ class BenchmarkOptions:
     vocab_size: int = 4096
     rounds: int = 10
     steps: int = 3
+    processes: int = 1
     bf16: bool = False
     device: str = "auto"
     transformer_impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes ({self.processes}) must be at least 1. Raise it.")
 
 
 class _Trainer:
@@ -58,16 +65,23 @@ class _Trainer:
         positions = torch.arange(options.seq_length, device=self.device)
         self.positions = positions.expand(options.micro_batch_size, -1)
 
-    def step(self) -> float:
-        """One forward, backward and update; seconds."""
-        self.synchronize()
-        start = time.perf_counter()
-        loss = self.model(self.tokens, self.positions, None, labels=self.labels).float().mean()
+    def loss(self) -> torch.Tensor:
+        return self.model(self.tokens, self.positions, None, labels=self.labels).float().mean()
+
+    def step(self) -> tuple[float, ...]:
+        """One forward, backward and update; seconds of the whole, of forward and of backward."""
+        start = self.clock()
+        loss = self.loss()
+        forward = self.clock()
         loss.backward()
+        backward = self.clock()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return self.clock() - start, forward - start, backward - forward
+
+    def clock(self) -> float:
         self.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -78,39 +92,51 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     """Measure all architectures.
 
     Returns:
-        Options, device, and per architecture the median, minimum and maximum step time (ms), the
-        peak memory (MiB), and median and peak over those of the first one.
+        Options, device, and per architecture the median, minimum and maximum step time (ms), those
+        of forward and backward, bytes that autograd keeps for backward and the peak memory (MiB),
+        and all of these over those of the first one. Of several processes a ratio of times is the
+        median of theirs.
     """
     cuda = _start(options.device)
     if cuda:
         memory = [_peak_on_gpu(options, a) for a in options.architectures]
     else:
         memory = [measure_in_own_process(_peak_on_cpu, options, a) for a in options.architectures]
-    trainers = [_Trainer(options, architecture) for architecture in options.architectures]
-    times: list[list[float]] = [[] for _ in trainers]
-    for trainer in trainers:
-        trainer.step()  # the first step allocates
-    for _ in range(options.rounds):
-        for trainer, taken in zip(trainers, times, strict=True):
-            taken += [trainer.step() for _ in range(options.steps)]
+    runs = [_measure(options)]
     torch.distributed.destroy_process_group()
+    runs += [measure_in_own_process(_measure_there, options) for _ in range(options.processes - 1)]
+    saved = runs[0][1]
     tokens = options.micro_batch_size * options.seq_length
     flops = tokens * count_training_flops(options)
     most = peak_flops(torch.cuda.get_device_name()) if cuda and options.bf16 else None
     rows: list[dict[str, Any]] = []
-    for architecture, taken, peak in zip(options.architectures, times, memory, strict=True):
-        median = statistics.median(taken)
+    for place, architecture in enumerate(options.architectures):
+        peak = memory[place]
+        every = [step for times, _ in runs for step in times[place]]
+        median, forward, backward = (_median(every, part) for part in range(3))
+        ratios = [
+            statistics.median(
+                _median(times[place], part) / _median(times[0], part) for times, _ in runs
+            )
+            for part in range(3)
+        ]
         rows.append(
             {
                 "architecture": architecture,
                 "median_ms": median * 1e3,
-                "min_ms": min(taken) * 1e3,
-                "max_ms": max(taken) * 1e3,
+                "min_ms": min(every)[0] * 1e3,
+                "max_ms": max(every)[0] * 1e3,
                 "tokens_per_s": tokens / median,
                 "tflops_per_s": flops / median / 1e12,
                 "mfu": flops / median / most if most else None,
                 "peak_mib": peak / 2**20,
-                "step_time_ratio": median / statistics.median(times[0]),
+                "step_time_ratio": ratios[0],
+                "forward_ms": forward * 1e3,
+                "forward_ratio": ratios[1],
+                "backward_ms": backward * 1e3,
+                "backward_ratio": ratios[2],
+                "saved_mib": saved[place] / 2**20,
+                "saved_ratio": saved[place] / saved[0],
                 "peak_memory_ratio": peak / memory[0] if memory[0] else None,
             }
         )
@@ -123,12 +149,34 @@ def run_benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     }
 
 
+def _measure(options: BenchmarkOptions) -> tuple[list[list[tuple[float, ...]]], list[int]]:
+    """Per architecture the times of its steps, and the bytes that one keeps for backward."""
+    trainers = [_Trainer(options, architecture) for architecture in options.architectures]
+    times: list[list[tuple[float, ...]]] = [[] for _ in trainers]
+    saved = [bytes_saved(trainer.model, trainer.loss) for trainer in trainers]
+    for trainer in trainers:
+        trainer.step()  # the first step allocates
+    for _ in range(options.rounds):
+        for trainer, taken in zip(trainers, times, strict=True):
+            taken += [trainer.step() for _ in range(options.steps)]
+    return times, saved
+
+
+def _measure_there(options: BenchmarkOptions) -> tuple[list[list[tuple[float, ...]]], list[int]]:
+    _start(options.device)
+    return _measure(options)
+
+
+def _median(steps: list[tuple[float, ...]], part: int) -> float:
+    return statistics.median(step[part] for step in steps)
+
+
 def format_table(figures: dict[str, Any]) -> str:
     """The figures of `run_benchmark` as a table."""
     lines = [f"device: {figures['device']}"]
     lines.append(
         f"{'':<18}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'tokens/s':>11}{'MFU':>7}"
-        f"{'peak MiB':>11}{'ratio':>8}"
+        f"{'peak MiB':>11}{'ratio':>8}{'saved MiB':>11}{'ratio':>8}{'forward':>9}{'backward':>9}"
     )
     for row in figures["measured"]:
         lines.append(
@@ -136,7 +184,9 @@ def format_table(figures: dict[str, Any]) -> str:
             f"{row['max_ms']:>9.1f}{row['step_time_ratio']:>8.3f}{row['tokens_per_s']:>11.0f}"
             + (f"{row['mfu']:>7.3f}" if row["mfu"] else f"{'':>7}")
             + f"{row['peak_mib']:>11.1f}"
-            + (f"{row['peak_memory_ratio']:>8.3f}" if row["peak_memory_ratio"] else "")
+            + (f"{row['peak_memory_ratio']:>8.3f}" if row["peak_memory_ratio"] else f"{'':>8}")
+            + f"{row['saved_mib']:>11.2f}{row['saved_ratio']:>8.4f}"
+            + f"{row['forward_ratio']:>9.3f}{row['backward_ratio']:>9.3f}"
         )
     return "\n".join(lines)
 

@@ -189,25 +189,36 @@ def heads_backward(
     return own.sum((0, 1)), into
 
 
-def blend_forward(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor:
-    """Value + gate(logits) v1.
+def blend_forward(value: Tensor, logits: Tensor, v1: Tensor, gate: str, out: Tensor) -> Tensor:
+    """Value + gate(logits) v1, written into `out`.
 
     Args:
         value: [s, b, g, d], whose s and b may be one axis in memory, and d is the last there.
         logits: [s, b, g].
         v1: [s, b, g, d].
         gate: "relu", "sigmoid", "tanh" or "identity".
+        out: [s, b, g, d], as value in memory; it may be value itself.
 
     Returns:
-        [s, b, g, d].
+        out.
     """
     value, logits = value.flatten(0, 1), logits.flatten(0, 1)
     if value.stride(-1) != 1:
         value = value.contiguous()
-    v1, out = v1.contiguous(), torch.empty_like(v1, memory_format=torch.contiguous_format)
+    v1, written = v1.contiguous(), out.view(-1, *out.shape[2:])
     (tokens, heads, d), strides = value.shape, (*value.stride()[:2], *logits.stride())
     _kernels().blend_forward[_blocks_of_rows(tokens * heads)](
-        value, logits, v1, out, *strides, tokens, G=heads, D=d, GATE=gate, **_rows(d)
+        value,
+        logits,
+        v1,
+        written,
+        *strides,
+        *written.stride()[:2],
+        tokens,
+        G=heads,
+        D=d,
+        GATE=gate,
+        **_rows(d),
     )
     return out
 

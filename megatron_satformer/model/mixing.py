@@ -8,7 +8,7 @@ compute. Must not know: architectures, parallelism.
 Shapes: n sources, m sums, g heads, d any last axis, k columns; "..." leading axes such as [s, b].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,32 +98,73 @@ def dots(x: Tensor, sources: Sequence[Tensor]) -> Tensor:
     return _Dots.apply(x, *sources)
 
 
-def gated_sum(value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor | None:
-    """Value + gate(logits) v1 in one kernel forward and one backward; None where there is none.
+def gated_sum(
+    value: Tensor,
+    logits: Tensor,
+    v1: Tensor,
+    gate: str,
+    *,
+    fused: bool = True,
+    in_place: bool = False,
+) -> Tensor:
+    """Value + gate(logits) v1; keeps the logits and v1 for backward, and not value.
 
     Args:
         value: [s, b, g, d].
         logits: [s, b, g].
         v1: [s, b, g, d].
-        gate: one of `kernels.GATES`, else None is returned.
+        gate: one of `ELEMENTWISE`.
+        fused: as `mix`'s.
+        in_place: write over value, of which nothing may have been kept. The logits are kept as
+            they are then, else what is kept holds nothing that they are a view of.
     """
-    if gate not in kernels.GATES or not kernels.usable(value, logits, v1):
-        return None
-    return _GatedSum.apply(value, logits, v1, gate)
+    return _GatedSum.apply(value, logits, v1, gate, fused, in_place)
+
+
+_ops = torch.ops.aten
+# Gates of one logit alone, and their gradients, from that of alpha and alpha, as autograd has them.
+ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu, lambda gradient, alpha: _ops.threshold_backward(gradient, alpha, 0)),
+    "sigmoid": (torch.sigmoid, lambda gradient, alpha: _ops.sigmoid_backward(gradient, alpha)),
+    "tanh": (torch.tanh, lambda gradient, alpha: _ops.tanh_backward(gradient, alpha)),
+    "identity": (lambda logits: logits, lambda gradient, alpha: gradient),
+}
 
 
 class _GatedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, logits: Tensor, v1: Tensor, gate: str) -> Tensor:
-        ctx.save_for_backward(logits, v1)
-        ctx.gate = gate
-        return kernels.blend_forward(value, logits, v1, gate)
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        logits: Tensor,
+        v1: Tensor,
+        gate: str,
+        fused: bool,
+        in_place: bool,
+    ) -> Tensor:
+        ctx.gate, ctx.fused = gate, fused and kernels.usable(value, logits, v1)
+        # `data`, because autograd lets nobody write into one of several views of a buffer.
+        out = value.data if in_place else v1.new_empty(v1.shape)
+        if ctx.fused:
+            ctx.save_for_backward(logits if in_place else logits.clone(), v1, None)
+            return kernels.blend_forward(value, logits, v1, gate, out)
+        alpha = ELEMENTWISE[gate][0](logits)
+        # A logit of the buffer costs nothing; where the buffer goes, alpha is as large.
+        kept = (logits, v1, None) if in_place else (None, v1, alpha.contiguous())
+        ctx.save_for_backward(*kept)
+        return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1, out=out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, v1 = ctx.saved_tensors
-        own, into = kernels.blend_backward(logits, v1, ctx.gate, gradient)
-        return gradient, own, into, None
+        logits, v1, alpha = ctx.saved_tensors
+        if ctx.fused:
+            own, into = kernels.blend_backward(logits, v1, ctx.gate, gradient)
+        else:
+            gate, gate_backward = ELEMENTWISE[ctx.gate]
+            alpha = gate(logits) if alpha is None else alpha
+            own = gate_backward((gradient * v1).sum(-1).to(alpha.dtype), alpha)
+            into = gradient * alpha.unsqueeze(-1).to(gradient.dtype)
+        return gradient, own, into, None, None, None
 
 
 class _Dots(torch.autograd.Function):

@@ -197,8 +197,9 @@ def _gate(logit, GATE: tl.constexpr):
 
 
 @triton.jit
-def blend_forward(value, logits, v1, out, vt, vg, lt, lg, T, G: tl.constexpr, D: tl.constexpr,
-                  GATE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def blend_forward(value, logits, v1, out, vt, vg, lt, lg, ot, og, T, G: tl.constexpr,
+                  D: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr,
+                  BD: tl.constexpr):  # fmt: skip
     """A block of rows, one per token and head: value + gate(logit) v1."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     t, g, d = r // G, r % G, tl.arange(0, BD)
@@ -208,7 +209,8 @@ def blend_forward(value, logits, v1, out, vt, vg, lt, lg, T, G: tl.constexpr, D:
     own = tl.load(places, mask=there, other=0.0).to(tl.float32)
     first = tl.load(v1 + r[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
     total = own + alpha[:, None] * first
-    tl.store(out + r[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=there)
+    places = out + (t * ot + g * og)[:, None] + d[None, :]
+    tl.store(places, total.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.architectures.record import Carry
 from megatron_satformer.parallel import recompute
 from megatron_satformer.parallel.carry import carry_behind, pack, unpack
+from megatron_satformer.parallel.replicas import makes_v1_everywhere, replicate_v1
 
 
 def finish_chunks(chunks: list[GPTModel]) -> list[GPTModel]:
@@ -26,13 +27,14 @@ def finish_chunks(chunks: list[GPTModel]) -> list[GPTModel]:
     Returns:
         The same chunks.
     """
+    replicate_v1(chunks)
     for chunk in chunks:
         decoder, config = chunk.decoder, chunk.config
         architecture = find_architecture(config.architecture)
-        carries = any(architecture.carries(config))
-        if carries or architecture.reads_tokens:
+        packs = any(architecture.carries(config)) or makes_v1_everywhere(config)
+        if packs or architecture.reads_tokens:
             recompute.activate()
-        if not carries:
+        if not packs:
             continue
         decoder.register_forward_hook(_forget_input)
         if not decoder.layers:

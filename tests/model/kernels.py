@@ -8,6 +8,7 @@ Odd sizes, strided views, sources at odd addresses, float32 and bfloat16.
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -59,19 +60,21 @@ def heads(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def gates(dtype: torch.dtype) -> Iterator[Case]:
-    """V and the logits are views of what linear_qkv returns."""
-    for gate in kernels.GATES:
+    """V and the logits are views of what linear_qkv returns, and V' may be written over V."""
+    for gate, in_place in product(kernels.GATES, (False, True)):
         inputs = [_randn(7, 3, 5 * 72 + 8, dtype=dtype), _randn(7, 3, 5, 24, dtype=dtype)]
 
-        def run(qkv: Tensor, v1: Tensor, fused: bool, gate: str = gate) -> tuple[Tensor, ...]:
-            rows, logits, _ = qkv.split([5 * 72, 5, 3], dim=-1)
+        def run(
+            qkv: Tensor, v1: Tensor, fused: bool, gate: str = gate, in_place: bool = in_place
+        ) -> tuple[Tensor, ...]:
+            rows, logits, _ = qkv.clone().split([5 * 72, 5, 3], dim=-1)
             value = rows.view(7, 3, 5, 72)[..., 48:]
             if fused:
-                return (gated_sum(value, logits, v1, gate),)
+                return (gated_sum(value, logits, v1, gate, in_place=in_place),)
             alpha = apply_gate(logits, gate, None).unsqueeze(-1)
             return (torch.addcmul(value, alpha, v1),)
 
-        yield gate, run, inputs
+        yield f"{gate}, {'in' if in_place else 'out of'} place", run, inputs
 
 
 if kernels.DEVICE == "cpu":

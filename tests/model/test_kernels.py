@@ -71,7 +71,7 @@ def launches(monkeypatch):
         kernels.heads_backward(router, heads, out, [True] * 4)
     value = torch.zeros(32, 2, 12, 64, dtype=torch.bfloat16)
     for gate in kernels.GATES:
-        kernels.blend_forward(value, value[..., 0], value, gate)
+        kernels.blend_forward(value, value[..., 0], value, gate, value)
         kernels.blend_backward(value[..., 0], value, gate, value)
     return recorder.launches
 

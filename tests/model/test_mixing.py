@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from megatron_satformer.model.mixing import mix, mix_heads, normed_products, weighted_sum
+from megatron_satformer.model.mixing import (
+    ELEMENTWISE,
+    gated_sum,
+    mix,
+    mix_heads,
+    normed_products,
+    weighted_sum,
+)
 
 TOKENS = (5, 2)
 
@@ -91,3 +98,20 @@ def test_what_needs_no_gradient_gets_none():
     mix_heads(torch.ones(1, 2, 2), [first, second]).sum().backward()
     assert first.grad is None
     assert torch.equal(second.grad, torch.ones_like(second))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("gate", ELEMENTWISE)
+def test_gated_sum_is_the_sum_and_so_are_its_gradients(gate, in_place):
+    """V and the logits are views of one buffer, as of linear_qkv's."""
+    buffer, v1 = randn(*TOKENS, 10), randn(*TOKENS, 2, 4)
+
+    def blend(buffer, v1):
+        value, logits = (buffer * 2).split([8, 2], dim=-1)
+        value, _ = value.view(*TOKENS, 2, 4).split([4, 0], dim=-1)
+        return gated_sum(value, logits, v1, gate, in_place=in_place)
+
+    doubled = buffer.detach() * 2
+    alpha = ELEMENTWISE[gate][0](doubled[..., 8:]).unsqueeze(-1)
+    torch.testing.assert_close(blend(buffer, v1), doubled[..., :8].view_as(v1) + alpha * v1)
+    assert torch.autograd.gradcheck(blend, (buffer, v1))

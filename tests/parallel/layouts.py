@@ -17,6 +17,8 @@ VIRTUAL = "--num-layers-per-virtual-pipeline-stage 1"
 OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-num-layers"
 UNIFORM, BLOCK = f"{FULL} 2 --recompute-method uniform", f"{FULL} 1 --recompute-method block"
+VIRTUAL_UNIFORM = f"{PP2} {VIRTUAL} {UNIFORM}".replace("layers 2", "layers 1")
+FIRST_3 = f"{PP2} --decoder-first-pipeline-num-layers 3"
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 LONG = "--seq-length 256 --max-position-embeddings 256"  # most samples hold several documents
 DOCUMENTS, WINDOW = f"--dataloader-inter-document-masking {LONG}", "--window-size 24,0"
@@ -31,6 +33,7 @@ PER_CHANNEL = "--value-gate lerp_channels --value-gate-bias-init -1"
 SOFTPLUS = "--value-gate softplus --value-gate-offset 1 --value-gate-bias"
 LAST_2 = "--value-residual-last-k 2"
 UNTIED = "--untie-embeddings-and-output-weights"
+FROM_IDS = "--v1-transport recompute"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
 # Architectures of the table, by what they have.
@@ -241,6 +244,24 @@ ROWS = (
         few=GATED,
     ),
     Row("PP2 x 2 virtual, documents", 2, f"{PP2} {VIRTUAL}", DOCUMENTS, few=DILATED + READING),
+    *(
+        Row(f"{name}, V1 from ids", ranks, f"{layout} {FROM_IDS}", model, MIXING, fast, few)
+        for name, ranks, layout, model, fast, few in (
+            ("PP2", 2, PP2, "", GATED, MIXING),
+            ("PP4", 4, PP4, "", (), GATED),
+            ("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", "", (), MIXING),
+            ("PP2, first stage 3 layers", 2, FIRST_3, "", (), ()),
+            ("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", "", (), GATED),
+            ("PP2, last_k 1", 2, PP2, "--value-residual-last-k 1", (), ()),
+            ("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", "", (), MIXING),
+            ("PP4 x DP2, distributed optimizer", 8, f"{PP4} {OPTIMIZER}", "", (), GATED),
+            ("PP2 x 2 virtual, recompute full", 2, VIRTUAL_UNIFORM, "", (), GATED),
+            ("PP2, recompute selective", 2, f"{PP2} {SELECTIVE}", "", (), ()),
+            ("CP2 x PP2", 4, f"{CP2} {PP2}", "", (), ()),
+            ("PP2, untied, biases", 2, PP2, f"{UNTIED} --add-qkv-bias", (), GATED),
+            ("PP2, loss per token", 2, PP2, PER_TOKEN, (), ()),
+        )
+    ),
     Row("DP2, loss per token", 2, "", PER_TOKEN),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.layouts import PaperLayout
+from megatron_satformer.model.attention import DecoderAttention
 from megatron_satformer.unsupported import Row
 
 if TYPE_CHECKING:  # it takes seconds, and tools only want what is declared
@@ -141,7 +142,7 @@ class Architecture:
     exported: str
     config: type[DecoderConfig] = DecoderConfig
     options: type = NoOptions
-    attention: type[SelfAttention] = SelfAttention
+    attention: type[SelfAttention] = DecoderAttention
     layer: type[TransformerLayer] = TransformerLayer
     adapt: Callable[[TransformerLayerSubmodules, Any], TransformerLayerSubmodules] | None = None
     carry: Callable[[Any, int], Carry] = lambda config, n: Carry()

@@ -17,6 +17,7 @@ Shapes: s sequence, b micro-batch, ng KV heads, hn head dim, m mixing layers; "/
 
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from megatron_satformer.model.architectures.value_residual import (
     describe_mixing,
     mixes,
 )
+from megatron_satformer.model.attention import Remade
 from megatron_satformer.model.coefficients import head_coefficients, summed_over_heads
 from megatron_satformer.unsupported import Row
 
@@ -126,11 +128,28 @@ class ResFormerAttention(ValueResidualAttention):
                 self.register_parameter(name, head_coefficients(config, LAMBDA_INIT))  # [1]
             # In a tuple, so that the chunk owns the shared parameters and not every layer.
             self._shared: tuple[SharedLambdas, ...] = ()
+            self._blended: Remade | None = None
+            self.linear_proj.register_forward_pre_hook(self._forget_blended)
 
     def blend(self, value: Tensor, v1: Tensor) -> Tensor:
         """lambda1 V1 + lambda2 V. value, v1: [s, b, ng/tp, hn]."""
         lambda1, lambda2 = self._lambdas(value)
-        return torch.addcmul(lambda2.to(value.dtype) * value, lambda1.to(value.dtype), v1)
+        own, first = lambda2.to(value.dtype), lambda1.to(value.dtype)
+        if not self.buffer_is_kept(value):
+            value = value.contiguous()
+        blended = (own * value).addcmul_(first, v1)
+        if own.requires_grad and torch.is_grad_enabled() and self.is_local:
+            # The gradient of lambda2 reads V. To keep V' as well would be one tensor more.
+            with torch.no_grad():
+                parts = [tensor.detach() for tensor in (own, value, first, v1)]
+            self._blended = Remade(blended, partial(_write_blended, *parts))
+        return blended
+
+    def _forget_blended(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        # What linear_proj reads comes behind attention, recomputed or not.
+        remade, self._blended = self._blended, None
+        if remade is not None:
+            remade.forget(inputs[0])
 
     def _lambdas(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of this layer, [1] each."""
@@ -144,6 +163,10 @@ class ResFormerAttention(ValueResidualAttention):
         else:
             lambda1 = summed_over_heads(self.value_lambda1, tp)
         return lambda1, summed_over_heads(self.value_lambda2, tp)
+
+
+def _write_blended(own: Tensor, value: Tensor, first: Tensor, v1: Tensor, out: Tensor) -> None:
+    torch.mul(own, value, out=out).addcmul_(first, v1)
 
 
 class SharedLambdas(MegatronModule):

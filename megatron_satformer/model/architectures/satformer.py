@@ -50,7 +50,7 @@ from megatron_satformer.model.architectures.value_residual import (
     describe_mixing,
 )
 from megatron_satformer.model.gates import ChannelGate, ConstantGate, apply_gate
-from megatron_satformer.model.mixing import gated_sum
+from megatron_satformer.model.mixing import ELEMENTWISE, gated_sum
 from megatron_satformer.unsupported import Row
 
 ROW_MULTIPLE = 16  # fp8 GEMMs want multiples of 16; 16 bf16 elements are 32 bytes
@@ -110,14 +110,15 @@ class SATFormerAttention(ValueResidualAttention):
         if self.alpha_observer is not None and self.training:
             seen = None if logits is None else logits.detach()
             self.alpha_observer(self.layer_number, partial(self._alpha, seen))
-        if logits is None or self.config.value_gate_offset or is_convex(self.config):
-            alpha = self._alpha(logits).to(value.dtype)
-            return torch.lerp(value, v1, alpha) if is_convex(self.config) else value + alpha * v1
-        blended = gated_sum(value, logits, v1, gate) if self.config.fused_blend else None
-        if blended is not None:
-            return blended
-        alpha = apply_gate(logits, gate, tp)  # [s, b, ng/tp]
-        return torch.addcmul(value, alpha.unsqueeze(-1).to(value.dtype), v1)
+        if is_convex(self.config):
+            return torch.lerp(value, v1, self._alpha(logits).to(value.dtype))
+        if logits is None or self.config.value_gate_offset:
+            alpha = self._alpha(logits).to(value.dtype).squeeze(-1)
+            logits, gate = alpha.expand(value.shape[:-1]).contiguous(), "identity"
+        elif gate not in ELEMENTWISE:
+            logits, gate = apply_gate(logits, gate, tp), "identity"  # alpha, [s, b, ng/tp]
+        fused, kept = self.config.fused_blend, self.buffer_is_kept(value)
+        return gated_sum(value, logits, v1, gate, fused=fused, in_place=kept and self.is_local)
 
     def _alpha(self, logits: Tensor | None) -> Tensor:
         """[s, b, ng/tp, 1], per channel [s, b, ng/tp, hn], without input [ng/tp, 1]."""

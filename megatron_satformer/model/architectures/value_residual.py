@@ -9,15 +9,15 @@ Shapes: s sequence, b micro-batch, ng KV heads, hn head dim; "/tp" marks what a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.record import Carry
+from megatron_satformer.model.attention import DecoderAttention
 from megatron_satformer.unsupported import Row
 
 _STATIC = "V1 would have to be a static buffer"
@@ -38,6 +38,12 @@ class ValueResidualOptions:
     """Mix V1 into the last k layers only, 1 <= k <= num_layers - 1. Default: into all but the
     first."""
 
+    v1_transport: Literal["carry", "recompute"] = field(
+        default="carry", metadata={"changeable": True}
+    )
+    """How V1 reaches later pipeline stages: sent along with hidden states, or computed again on
+    each from the token ids, by replicas of the embedding and of what layer 1 has for it."""
+
 
 def mixes(options: Any, n: int) -> bool:
     """Whether layer n (1-based) mixes V1 into its values; n = 0 stands for no layer."""
@@ -52,8 +58,42 @@ def describe_mixing(config: Any) -> str:
 
 
 def carry_v1(config: DecoderConfig, n: int) -> Carry:
-    """V1 crosses every boundary between layers."""
-    return Carry(heads=1)
+    """V1 crosses every boundary between layers, unless every stage makes it."""
+    return Carry(heads=1) if config.v1_transport == "carry" else Carry()
+
+
+# What V1 made from token ids alone cannot have: option, values that it can, why.
+_NOT_FROM_IDS = (
+    ("position_embedding_type", ("rope", "none", "yarn"), "positions are added to embeddings"),
+    ("hidden_dropout", (0.0,), "embeddings are dropped, on each stage others"),
+    ("transformer_impl", (None, "local"), "Transformer Engine's linear_qkv holds the norm"),
+    ("optimizer", ("adam", "sgd"), "replicas have been tried with no other"),
+    ("ckpt_format", ("torch_dist",), "other checkpoints would hold the replicas too"),
+    ("use_mup", (False,), "replicas have not been tried with it"),
+    ("use_megatron_fsdp", (False,), "it would shard replicas apart"),
+    ("use_torch_fsdp2", (False,), "it would shard replicas apart"),
+)
+
+
+def refuse_beside_replicas(options: Any) -> None:
+    """Refuse what cannot be used where every stage makes V1.
+
+    Args:
+        options: a config, or parsed arguments.
+
+    Raises:
+        ValueError: naming the option and the way out.
+    """
+    if options.v1_transport != "recompute":
+        return
+    for option, values, why in _NOT_FROM_IDS:
+        value = getattr(options, option, values[0])
+        if value not in values:
+            allowed = " or ".join(str(v) for v in values if v is not None)
+            raise ValueError(
+                f"{option} ({value}) must be {allowed} with v1_transport (recompute): {why}. "
+                "Change it, or use --v1-transport carry."
+            )
 
 
 def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
@@ -96,6 +136,7 @@ class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
                 f"({options.architecture}): layer 1 makes V1 and later layers mix it in."
             )
         refuse_split_heads(groups, tp, "V1 is")
+        refuse_beside_replicas(options)
 
     def mixes(self, n: int) -> bool:
         """Whether layer n (1-based) mixes V1 into its values."""
@@ -112,8 +153,8 @@ class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
         return f"{self.architecture}, {self.num_mixing_layers} of {self.num_layers} layers mix V1"
 
 
-class ValueResidualAttention(SelfAttention):
-    """SelfAttention that makes V1 in layer 1 and blends it into V in the layers that mix.
+class ValueResidualAttention(DecoderAttention):
+    """DecoderAttention that makes V1 in layer 1 and blends it into V in the layers that mix.
 
     An architecture subclasses it and implements `blend`.
     """
@@ -156,18 +197,14 @@ class ValueResidualAttention(SelfAttention):
         assert self._v1 is not None, f"layer {self.layer_number} was not handed V1"
         return self._v1
 
-    # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where V is whole and
-    # neither attention, RoPE nor the KV cache has seen it.
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """As SelfAttention's, V blended; layer 1 keeps V as V1."""
-        query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+    def finish_value(self, value: Tensor) -> Tensor:
+        """As DecoderAttention's, V blended; layer 1 keeps V as V1."""
         if self.makes_v1:
             # One contiguous copy feeds both layer 1's attention and the carry: a slice would
             # keep layer 1's whole QKV buffer alive until the last backward.
             self._v1 = value = value.contiguous()
-        elif self.mixes:
-            value = self.blend(value, self.v1)
-        return query, key, value, *rest
+            return value
+        return self.blend(value, self.v1) if self.mixes else super().finish_value(value)
 
 
 class ValueResidualLayer(TransformerLayer):
@@ -180,7 +217,7 @@ class ValueResidualLayer(TransformerLayer):
         *args: Any,
         context: tuple[Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, tuple[Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor] | None]:
         """Attention half of the layer.
 
         Args:
@@ -190,8 +227,10 @@ class ValueResidualLayer(TransformerLayer):
             **kwargs: as Megatron's.
 
         Returns:
-            hidden_states as given, and V1 for the next layer.
+            hidden_states as given, and V1 for the next layer; None where no stage carries it on
+            and no layer of this one reads it.
         """
+        handed_on = context is not None or self.self_attention.makes_v1
         with self.self_attention.holding(context[0] if context else None) as attention:
             hidden_states, _ = super()._forward_attention(hidden_states, *args, **kwargs)
-            return hidden_states, (attention.v1,)
+            return hidden_states, (attention.v1,) if handed_on else None
