@@ -37,6 +37,7 @@ from megatron_satformer.data.datasets.manifest import (
     read_manifest,
     record_dataset,
 )
+from megatron_satformer.data.datasets.parts import check_all_parts
 from megatron_satformer.data.datasets.verify import known_checksums
 from megatron_satformer.files.atomic import AtomicFile
 
@@ -86,11 +87,13 @@ def merge_datasets(
             second core, for inputs without.
 
     Raises:
-        ValueError: If an input is missing or damaged, the data sets do not fit together, the
-            output exists, or the disk is too small. Nothing is written then.
+        ValueError: If an input is missing or damaged, the data sets do not fit together, some of
+            the parts that one was made in are missing, the output exists, or the disk is too
+            small. Nothing is written then.
     """
     check_prefix("output_prefix", output_prefix)
     prefixes = find_prefixes(inputs, output_prefix)
+    check_all_parts(prefixes)
     check_output_free(output_prefix, overwrite)
     manifest = manifest_path(output_prefix)
     if manifest.exists():

@@ -19,6 +19,7 @@ from megatron_satformer.data.preprocess.encoding import (
     MismatchError,
 )
 from megatron_satformer.data.preprocess.options import PreprocessOptions, PreprocessSummary
+from megatron_satformer.data.preprocess.parts import finished_part, pieces_of, verify_part
 from megatron_satformer.data.preprocess.pool import ChunkError, WorkerDiedError, encode_in_order
 from megatron_satformer.data.preprocess.progress import Progress
 from megatron_satformer.data.preprocess.run_folder import RunFolder
@@ -38,7 +39,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
 
     Raises:
         ValueError: If a file or a document is bad, or unfinished work there belongs to another
-            input or other options. Nothing has the final names then.
+            input or other options. Nothing has the final names then. Or if a part, read again at
+            its end, is not what was written.
     """
     start = time.perf_counter()
     inputs = find_inputs(options.input, options.document_separator, options.on_unknown)
@@ -47,7 +49,14 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
             f"json_keys ({' '.join(options.json_keys)}) must be one with plain text, which has no "
             "keys. Give one, to name the output."
         )
-    with RunFolder(options) as folder:
+    pieces = pieces_of(options, inputs.sources)
+    if (done := finished_part(options, inputs.sources)) is not None:
+        print(f"part {options.part} was complete already, and is as it was made.", file=sys.stderr)
+        seconds = time.perf_counter() - start
+        return PreprocessSummary(
+            options.prefixes, **done, resumed_bytes=done["text_bytes"], seconds=seconds
+        )
+    with RunFolder(options, pieces) as folder:
         try:
             if "publishing" not in folder.state:
                 for prefix in options.prefixes:
@@ -67,6 +76,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
             if folder.is_empty() or options.reads_stdin:
                 folder.remove()
             raise
+    if options.part is not None:
+        verify_part(options)
     seconds = time.perf_counter() - start
     return PreprocessSummary(options.prefixes, **summary, resumed_bytes=resumed, seconds=seconds)
 
@@ -77,6 +88,7 @@ class TokenizeRun:
     def __init__(self, folder: RunFolder, inputs: Inputs, encoder: ChunkEncoder) -> None:
         self.options, self.folder = folder.options, folder
         self.sources, self.unread, self.encoder = inputs.sources, inputs.unread, encoder
+        self.pieces = list(folder.pieces.values())
 
     def tokenize(self) -> tuple[dict[str, Any], int]:
         """Does what is left to do; returns the summary and the bytes that were done before."""
@@ -128,10 +140,14 @@ class TokenizeRun:
         if folder.chunks:
             print(f"continuing after {resumed / 1e6:.1f} MB of input.", file=sys.stderr)
         chunks = read_chunks(
-            self.sources, options.json_keys, options.document_separator, options.chunk_bytes
+            self.sources,
+            options.json_keys,
+            options.document_separator,
+            options.chunk_bytes,
+            self.pieces,
         )
         left = islice(chunks, folder.chunks, None)
-        total = sum(source.size for source in self.sources)
+        total = sum(piece.end - piece.begin for piece in self.pieces)
         with Progress(options, total, folder.totals["file_bytes"]) as progress:
             for chunk, encoded in encode_in_order(left, self.encoder, self._count_workers()):
                 try:
@@ -194,14 +210,14 @@ class TokenizeRun:
     def _input_bytes(self) -> int:
         """About how much text there is; 0 on standard input, where nobody knows."""
         # What is compressed may be several times as much text.
-        return sum(s.size * (5 if s.compression else 1) for s in self.sources)
+        return sum((p.end - p.begin) * (5 if p.source.compression else 1) for p in self.pieces)
 
     def _place(self, chunk: Chunk, offset: int = 0) -> str:
         return place_of(chunk.source, self.folder.number_of(chunk, offset))
 
     def _check_complete(self) -> None:
         names = ", ".join(source.path for source in self.sources)
-        for source in self.sources:
+        for source in (piece.source for piece in self.pieces):
             if source.path != STDIN:
                 status = os.stat(source.path)
                 if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
@@ -209,6 +225,9 @@ class TokenizeRun:
                         f"input ({source.path}) changed while it was read. Run again with "
                         "--overwrite once it is complete."
                     )
+        if self.options.num_parts is not None:
+            # Another part has documents, or all of them together are nothing to train on.
+            return
         if not self.folder.totals["documents"]:
             raise ValueError(f"input ({names}) has no documents. Nothing was written.")
         for spool in self.folder.spools:

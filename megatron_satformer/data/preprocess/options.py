@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_satformer.data.datasets.indexed import check_prefix
+from megatron_satformer.data.datasets.parts import part_prefix
 from megatron_satformer.data.reading.chunks import CHUNK_BYTES
 from megatron_satformer.data.reading.inputs import ON_UNKNOWN, STDIN
 from megatron_satformer.data.tokenizers.options import TokenizerOptions
@@ -44,6 +45,9 @@ class PreprocessOptions:
         json_log: File that gets the progress as JSON lines, appended.
         overwrite: Replace existing output, and unfinished work that does not fit.
         chunk_bytes: Text in a unit of work.
+        num_parts: Cut the input into so many parts, each made by a command of its own into the
+            folder PREFIX.parts, which merge_datasets.py then makes into what one run would have.
+        part: Which of them to make, from 0.
 
     Raises:
         ValueError: If an option has a value it cannot have.
@@ -65,12 +69,15 @@ class PreprocessOptions:
     json_log: str | os.PathLike[str] | None = None
     overwrite: bool = False
     chunk_bytes: int = CHUNK_BYTES
+    num_parts: int | None = None
+    part: int | None = None
 
     def __post_init__(self) -> None:
         check_prefix("output_prefix", os.fspath(self.output_prefix))
         keys = list(self.json_keys)
         if not keys or len(set(keys)) != len(keys):
             raise ValueError(f"json_keys ({' '.join(keys)}) must name each key once.")
+        self._check_part()
         if self.log_interval < 1:
             raise ValueError(f"log_interval ({self.log_interval}) must be at least 1.")
         if self.workers is not None and self.workers < 1:
@@ -93,10 +100,41 @@ class PreprocessOptions:
                     f"{name} ({getattr(self, name)}) must be one of {', '.join(choices)}."
                 )
 
+    def _check_part(self) -> None:
+        if self.num_parts is None and self.part is None:
+            return
+        if self.num_parts is None or self.part is None:
+            raise ValueError(
+                f"part ({self.part}) must come with num_parts ({self.num_parts}). Give both, or "
+                "neither for all in one run."
+            )
+        if not 0 <= self.part < self.num_parts:
+            raise ValueError(
+                f"part ({self.part}) must be from 0 to {self.num_parts - 1}, below num_parts "
+                f"({self.num_parts})."
+            )
+        if len(self.json_keys) > 1:
+            raise ValueError(
+                f"json_keys ({' '.join(self.json_keys)}) must be one with num_parts "
+                f"({self.num_parts}): merging takes one data set. Run once for each key."
+            )
+        if self.reads_stdin:
+            raise ValueError(
+                f"input (-) must be files with num_parts ({self.num_parts}): what comes through a "
+                "pipe cannot be cut."
+            )
+
+    @property
+    def own_prefix(self) -> str:
+        """Prefix of what this run writes: the output's, or its part's."""
+        if self.num_parts is None or self.part is None:
+            return os.fspath(self.output_prefix)
+        return part_prefix(self.output_prefix, self.num_parts, self.part)
+
     @property
     def prefixes(self) -> tuple[str, ...]:
         """Prefix of each key's data set."""
-        path = Path(self.output_prefix)
+        path = Path(self.own_prefix)
         return tuple(f"{path}_{key}_document" for key in self.json_keys)
 
     @property

@@ -40,6 +40,7 @@ from megatron_satformer.data.preprocess.run_identity import check_same_run, desc
 from megatron_satformer.data.reading.chunks import Chunk
 from megatron_satformer.data.reading.columns import row_group_of
 from megatron_satformer.data.reading.inputs import Source, Unread
+from megatron_satformer.data.reading.pieces import Piece
 from megatron_satformer.files.atomic import sync, write_atomically
 from megatron_satformer.files.locks import open_locked
 
@@ -151,6 +152,7 @@ class RunFolder:
 
     Args:
         options: Of the run.
+        pieces: What it reads.
 
     Attributes:
         state: What the run was asked and how far it is; empty if there is none.
@@ -163,11 +165,12 @@ class RunFolder:
         ValueError: If another process works there now.
     """
 
-    def __init__(self, options: PreprocessOptions) -> None:
+    def __init__(self, options: PreprocessOptions, pieces: Sequence[Piece]) -> None:
         self.options = options
-        self.path = Path(f"{os.fspath(options.output_prefix)}.partial")
+        self.pieces = {piece.index: piece for piece in pieces}
+        self.path = Path(f"{options.own_prefix}.partial")
         self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"output_prefix ({options.output_prefix}) is being written by another process"
+        busy = f"output_prefix ({options.own_prefix}) is being written by another process"
         self._lock = open_locked(
             self.path / "lock",
             os.O_RDWR | os.O_CREAT,
@@ -250,7 +253,7 @@ class RunFolder:
 
     def number_of(self, chunk: Chunk, offset: int = 0) -> int:
         """Returns which document of its input, from 1, stands at a place of the next chunk."""
-        return self.seen[chunk.index] + offset + 1
+        return self.pieces[chunk.index].lines_before + self.seen[chunk.index] + offset + 1
 
     def append(self, chunk: Chunk, encoded: Encoded) -> None:
         """Writes the tokens of a chunk and its bad documents, then the record that vouches."""
@@ -290,7 +293,7 @@ class RunFolder:
             summary: Counts for the manifest.
             unread: Files that it lists as not read.
         """
-        prefix, parent = os.fspath(self.options.output_prefix), self.path.parent
+        prefix, parent = self.options.own_prefix, self.path.parent
         manifest = {
             "format": FORMAT,
             "version": VERSION,

@@ -21,7 +21,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 # Options on which the output depends.
 ASKED = (
     *("append_eod", "document_separator", "keep_empty", "on_error", "on_unknown"),
-    *("tokenizer_backend", "verify_fraction", "chunk_bytes"),
+    *("tokenizer_backend", "verify_fraction", "chunk_bytes", "num_parts", "part"),
 )
 
 # Changes that let a run go on which was stopped for what it found.
@@ -80,9 +80,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) ->
     Raises:
         ValueError: Naming the first difference.
     """
-    way_out = (
-        f"Undo that to continue the unfinished work in {folder}, or pass --overwrite to start over."
-    )
+    way_out = f"Undo that to go on with the work in {folder}, or pass --overwrite to start over."
     for old, new in zip(before.get("inputs", []), now["inputs"], strict=False):
         if old != new:
             what = f"input ({new['path']})"

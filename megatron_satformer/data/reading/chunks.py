@@ -13,6 +13,7 @@ from typing import Any
 from megatron_satformer.data.reading.columns import check_columns, cut_columns
 from megatron_satformer.data.reading.inputs import STDIN, Source
 from megatron_satformer.data.reading.kinds import BOM, UnknownKindError, refuse_other_text
+from megatron_satformer.data.reading.pieces import Piece, can_be_cut, whole_pieces
 from megatron_satformer.data.reading.separators import Separator
 from megatron_satformer.data.reading.streams import Stream, compression_of
 
@@ -55,6 +56,7 @@ def read_chunks(
     keys: Sequence[str],
     separator: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    pieces: Sequence[Piece] | None = None,
 ) -> Iterator[Chunk]:
     """Yields the chunks of all inputs, in order.
 
@@ -64,23 +66,26 @@ def read_chunks(
         separator: What stands between two documents of plain text, in LF or CRLF; "" makes a file
             one document. Files without it are told on stderr at the end.
         chunk_bytes: About how much text a chunk holds.
+        pieces: What to read of the inputs; all if left out.
 
     Raises:
         ValueError: If an input is damaged, or lacks a column.
     """
-    for source in sources:
-        if source.has_columns:
-            check_columns(source, keys)
+    pieces = whole_pieces(sources) if pieces is None else pieces
+    for piece in pieces:
+        if piece.source.has_columns:
+            check_columns(piece.source, keys)
     between, number = Separator(separator or ""), 0
-    for index, source in enumerate(sources):
+    for piece in pieces:
+        source = piece.source
         if source.has_columns:
             cut: _Cut = cut_columns(source, keys, chunk_bytes)
-        elif source.format == "jsonl" and source.compression is None and source.path != STDIN:
-            cut = _cut_ranges(source, chunk_bytes)
+        elif can_be_cut(source):
+            cut = _cut_ranges(piece, chunk_bytes)
         else:
             cut = _cut_stream(source, between, chunk_bytes)
         for file_bytes, content in cut:
-            yield Chunk(number, index, source, file_bytes, content)
+            yield Chunk(number, piece.index, source, file_bytes, content)
             number += 1
     between.report()
 
@@ -89,9 +94,9 @@ def read_chunks(
 _Cut = Iterator[tuple[int, Sequence[Any]]]
 
 
-def _cut_ranges(source: Source, chunk_bytes: int) -> _Cut:
-    for begin in range(0, source.size, chunk_bytes):
-        content = range(begin, min(begin + chunk_bytes, source.size))
+def _cut_ranges(piece: Piece, chunk_bytes: int) -> _Cut:
+    for begin in range(piece.begin, piece.end, chunk_bytes):
+        content = range(begin, min(begin + chunk_bytes, piece.end))
         yield len(content), content
 
 

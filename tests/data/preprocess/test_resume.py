@@ -283,7 +283,7 @@ def test_an_input_that_grows_while_it_is_read_is_refused(
 def test_two_runs_to_one_output_do_not_mix(options: PreprocessOptions) -> None:
     from megatron_satformer.data.preprocess.run_folder import RunFolder
 
-    with RunFolder(options), pytest.raises(ValueError, match="by another process"):
+    with RunFolder(options, []), pytest.raises(ValueError, match="by another process"):
         preprocess(options)
 
 
