@@ -90,7 +90,7 @@ def test_projections_start_alike_everywhere_and_differ_between_layers_and_seeds(
 def test_the_seed_is_megatrons():
     torch.manual_seed(0)
     first, second, third = (
-        Aggregate(config, 4, aggregate_tensors(config, 2), None).w1
+        Aggregate(config, aggregate_tensors(config, 2), None).w1
         for config in (build(seed=seed) for seed in (7, 7, 8))
     )
     assert torch.equal(first, second)
@@ -100,7 +100,7 @@ def test_the_seed_is_megatrons():
 @pytest.mark.parametrize("normed", [False, True])
 def test_starts_as_identity_and_is_decayed_where_it_projects(normed):
     config = build(mudd_prepost_norm=normed, sequence_parallel=True, tensor_model_parallel_size=2)
-    aggregate = Aggregate(config, 4, aggregate_tensors(config, 2), None)
+    aggregate = Aggregate(config, aggregate_tensors(config, 2), None)
     history = [torch.randn(5, 2, 24) for _ in range(3)]
     for out in aggregate(history):
         torch.testing.assert_close(out, history[-1], rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_starts_as_identity_and_is_decayed_where_it_projects(normed):
 def test_holds_its_sources_by_reference(normed):
     """Of all that backward needs, nothing of the size of a source but the sources themselves."""
     config = build(mudd_prepost_norm=normed)
-    aggregate = Aggregate(config, 4, aggregate_tensors(config, 3), None)
+    aggregate = Aggregate(config, aggregate_tensors(config, 3), None)
     history = [torch.randn(64, 2, 24, requires_grad=True) for _ in range(4)]
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
