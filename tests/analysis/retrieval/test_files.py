@@ -199,6 +199,9 @@ def test_template_tokens_and_tokenizers_that_cut_across_answers(made, tmp_path):
                 ids = np.stack([*IndexedFile(folder / "test" / f"{task}_96")])
                 assert (ids[:, 0] == 0).all()
         else:
-            for task, words in {"induction": "none behind a text", "passkey": "as its parts"}.items():
+            for task, words in {
+                "induction": "none behind a text",
+                "passkey": "as its parts",
+            }.items():
                 with pytest.raises(ValueError, match=words):
                     make(tmp_path / "b", given, tasks=(task,))

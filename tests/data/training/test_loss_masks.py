@@ -51,9 +51,7 @@ def build(paths: list[str], seq_length: int, samples: int, cache: Path, **option
         create_attention_mask=False,
         **options,
     )
-    builder = BlendedMegatronDatasetBuilder(
-        MaskedGPTDataset, [samples, 0, 0], lambda: True, config
-    )
+    builder = BlendedMegatronDatasetBuilder(MaskedGPTDataset, [samples, 0, 0], lambda: True, config)
     return builder.build()[0]
 
 
@@ -73,7 +71,9 @@ def test_labels_that_count_are_the_marked_tokens(tmp_path, seq_length):
         for _ in range(2):  # the first sample of all fills GPTDataset's cache
             sample = data[number]
             labels = sample["labels"].tolist()
-            counted = [n for n, one in zip(labels, sample["loss_mask"].tolist(), strict=True) if one]
+            counted = [
+                n for n, one in zip(labels, sample["loss_mask"].tolist(), strict=True) if one
+            ]
             assert counted == [n for n in labels if n in wanted]
         starts = sample["tokens"][::LENGTH] - 1
         assert (starts % LENGTH == 0).all(), "a sample begins in the middle of an example"
