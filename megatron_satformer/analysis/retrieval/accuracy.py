@@ -17,9 +17,10 @@ import torch
 
 from megatron_satformer.analysis.retrieval.examples import Example
 from megatron_satformer.analysis.retrieval.files import MARKER
+from megatron_satformer.analysis.retrieval.tasks import TASKS
 
 Z = 1.96  # of a normal distribution's middle 95%
-DEPTHS = 4  # bins of a depth that is not on a grid: quarters
+DEPTHS = 4  # bins of depths that were not asked for
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,12 @@ def evaluate_retrieval(
         answers: list[Answered] = []
         for first in range(0, len(examples), batch_size):
             answers += answer(model, tokenizer, examples[first : first + batch_size])
-        overall = score(answers)
+        overall, on_grid = score(answers), TASKS[one.task].at_depth
         results[one.task][str(one.length)] = {
             "all": asdict(overall),
-            "by_depth": {name: asdict(score(part)) for name, part in _by_depth(answers).items()},
+            "by_depth": {
+                name: asdict(score(part)) for name, part in _by_depth(answers, on_grid).items()
+            },
         }
         tell(
             f"{one.task:>18} {one.length:>6} tokens  exact match {overall.exact_match:.3f} "
@@ -225,15 +228,12 @@ def evaluate_retrieval(
     return dict(results)
 
 
-def _by_depth(answers: Sequence[Answered]) -> dict[str, list[Answered]]:
-    """By depth in percent where there are few; else by quarters of the text."""
-    known = [one for one in answers if one.depth is not None]
-    percents = {round(100 * (one.depth or 0)) for one in known}
-    grid = len(percents) <= 4 * DEPTHS and len(percents) < len(known)
+def _by_depth(answers: Sequence[Answered], on_grid: bool) -> dict[str, list[Answered]]:
+    """By depth in percent where it was asked for; else by quarters of the text."""
     found: dict[str, list[Answered]] = defaultdict(list)
-    for one in sorted(known, key=lambda one: one.depth or 0):
-        depth = one.depth or 0.0
+    known = [(one.depth, one) for one in answers if one.depth is not None]
+    for depth, one in sorted(known, key=lambda pair: pair[0]):
         quarter = min(DEPTHS - 1, int(depth * DEPTHS)) * 100 // DEPTHS
-        name = str(round(100 * depth)) if grid else f"{quarter}-{quarter + 100 // DEPTHS}"
+        name = f"{100 * depth:g}" if on_grid else f"{quarter}-{quarter + 100 // DEPTHS}"
         found[name].append(one)
     return dict(found)

@@ -75,8 +75,9 @@ def find_words(tokenizer: Tokenizer, most: int) -> Vocabulary:
             found.setdefault(word, number)
     if len(found) < min(LEAST, most):
         raise ValueError(
-            f"tokenizer must have words that are one token each, and put none behind a text; "
-            f"{len(found)} were found. Give another, or --vocab-size N for a tokenizer of such words alone."
+            "tokenizer must have words that are one token each, and put none behind a text; "
+            f"{len(found)} were found. Give another, or --vocab-size N for a tokenizer of such "
+            "words alone."
         )
     words = tuple(found)
     ids = [found[word] for word in words[:2]]
