@@ -49,6 +49,7 @@ def hold_writers() -> None:
     """Keep Megatron from opening TensorBoard's and wandb's files while it reads arguments."""
     global_vars._set_tensorboard_writer = lambda *_: None
     global_vars._set_wandb_writer = lambda *_: None
+    global_vars._set_one_logger = lambda *_: None
 
 
 def forget_run() -> None:

@@ -4,11 +4,13 @@ Must not know: how arguments are parsed.
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from megatron_satformer.benchmark.utilization import count_training_flops
 from megatron_satformer.model.architectures import PLAIN, find_architecture
@@ -20,6 +22,8 @@ from megatron_satformer.planning.measure import Footprint, count_parameters, mea
 from megatron_satformer.planning.memory import Static, count_static
 from megatron_satformer.planning.schedule import Held, most_held, passes
 from megatron_satformer.planning.speed import Layout, Speed, estimate
+
+UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Plan:
         utilization: assumed, and where from.
         speed: estimated; None where activations were not counted.
         steps: of the whole run.
+        notes: what is counted otherwise than the run will compute it.
     """
 
     stages: list[Stage]
@@ -74,6 +79,7 @@ class Plan:
     utilization: tuple[float, str]
     speed: Speed | None
     steps: int
+    notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -175,7 +181,13 @@ def _count(
         return Footprint(*count_parameters(chunk))
     sequence = args.seq_length // args.context_parallel_size
     last = place == len(chunks) - 1
-    return measure(chunk, args.micro_batch_size, sequence, chunks[place], last)
+    try:
+        return measure(chunk, args.micro_batch_size, sequence, chunks[place], last)
+    except UNKNOWN as error:
+        raise NotImplementedError(
+            f"architecture ({args.architecture}) is not planned with these options: it reads "
+            f"values of tensors, and here there are none ({error}). Leave out what needs them."
+        ) from error
 
 
 def _finish(
@@ -215,8 +227,21 @@ def _finish(
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     memory = round((args.gpu_memory or gpu.memory) * GB)
     return Plan(
-        *(stages, micro_batches, flops, plain, gpu, memory, (utilization, source), speed, steps)
+        *(stages, micro_batches, flops, plain, gpu, memory, (utilization, source), speed, steps),
+        tuple(_notes(args)),
     )
+
+
+def _notes(args: Namespace) -> Iterator[str]:
+    if args.transformer_impl == "transformer_engine":
+        yield "activations are those of the local backend; Transformer Engine keeps others"
+    elif args.context_parallel_size > 1 and args.device != "cpu":
+        yield (
+            "a GPU also keeps gathered K and V, unless core attention is recomputed "
+            "(docs/parallelism.md); they are not counted"
+        )
+    if args.dataloader_inter_document_masking or args.reset_attention_mask:
+        yield "attention is counted over whole samples, not over their documents"
 
 
 def _utilization(args: Namespace) -> tuple[float, str, bool]:

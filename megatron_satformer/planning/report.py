@@ -10,8 +10,8 @@ from megatron_satformer.planning.plan import Plan, Stage
 MIB = 2**20
 HEADS = "stage layers parameters weights gradients optimizer activations in_flight all"
 NOT_COUNTED = (
-    "activations, FLOPs, messages and time are not counted with experts: they depend on where "
-    "tokens go. Parameters and what is held between steps are"
+    "not counted with experts, for it depends on where tokens go: activations, FLOPs, messages and "
+    "time"
 )
 
 
@@ -24,6 +24,8 @@ def describe_plan(plan: Plan) -> str:
     lines = ["PLAN (counted on fake tensors; no GPU was used)", *_memory_table(plan)]
     full = max(range(len(plan.stages)), key=lambda n: plan.stages[n].bytes)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    if plan.fits and plan.speed is None:
+        verdict = "activations aside"
     lines.append(
         f"{verdict}: stage {full} needs {plan.stages[full].bytes / GB:.2f} of "
         f"{plan.memory / GB:g} GB on {plan.gpu.name}, CUDA and NCCL aside"
@@ -69,7 +71,7 @@ def _describe_flops(plan: Plan) -> Iterator[str]:
     once = sum(3 * chunk.forward_flops for _, chunk in _chunks(plan))
     yield (
         f"FLOPs per token: {plan.flops:,.0f} = {plan.plain_flops:,.0f} of a plain Transformer "
-        f"{plan.flops - plan.plain_flops:+,.0f} of the architecture's own products"
+        f"{plan.flops - plan.plain_flops:+,.0f} that this model computes beside"
         + f"; {again / once:.1%} more to recompute"
         * bool(again)
     )
@@ -104,7 +106,7 @@ def _chunks(plan: Plan) -> Iterator[tuple[int, Footprint]]:
 def _describe_time(plan: Plan) -> Iterator[str]:
     speed, (utilization, source) = plan.speed, plan.utilization
     assert speed is not None
-    waiting = speed.step - speed.compute - speed.messages - speed.reduction
+    waiting = max(0.0, speed.step - speed.compute - speed.messages - speed.reduction)
     yield (
         f"step: {speed.step:.3f} s (estimated) = {speed.compute:.3f} compute + "
         f"{speed.messages:.3f} messages + {speed.reduction:.3f} gradients over data-parallel ranks "
@@ -112,14 +114,18 @@ def _describe_time(plan: Plan) -> Iterator[str]:
         f"{plan.micro_batches} micro-batches)"
     )
     if plan.steps:
-        days = plan.steps * speed.step / 86400
-        yield f"run: {plan.steps:,} steps, {days:.2f} days (estimated), evaluation and saves aside"
+        hours = plan.steps * speed.step / 3600
+        yield (
+            f"run: {plan.steps:,} steps, {hours:.1f} hours = {hours / 24:.2f} days (estimated), "
+            "evaluation and saves aside"
+        )
     yield (
         f"assumed: MFU {utilization:.3f} of {plan.gpu.flops / 1e12:.0f} TFLOP/s, {source}; "
         f"{plan.gpu.inside / GB:.0f} GB/s between GPUs of a node of {plan.gpu.per_node}, "
         f"{plan.gpu.outside / GB:.0f} GB/s between nodes, nothing hidden but what "
         "--overlap-grad-reduce hides"
     )
+    yield from (f"note: {note}" for note in plan.notes)
 
 
 def fullest(plan: Plan) -> Stage:

@@ -52,27 +52,29 @@ def _powers(most: int) -> list[int]:
 
 def _try_layout(args: Namespace, plan_of: Callable[[list[str]], Plan], tp: int, pp: int) -> Tried:
     """The first of its micro-batches and recomputes that fits, else why the last does not."""
-    base = f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
-    base += " --sequence-parallel" * (tp > 1) + " --use-distributed-optimizer"
-    tried = Tried(base, None)
+    short = f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
+    base = f"{short} {'--sequence-parallel ' * (tp > 1)}--use-distributed-optimizer"
+    reason, too_large = "", False
     for recompute in ["", FULL] if args.recompute_granularity is None else [""]:
         for micro in reversed(_powers(args.micro_batch_size)):
-            flags = " ".join(f"{base} --micro-batch-size {micro} {recompute}".split())
+            flags = f"{base} --micro-batch-size {micro} {recompute}".strip()
             try:
                 plan = plan_of(flags.split())
             except (*USER_ERRORS, AssertionError) as error:
-                tried = Tried(flags, None, " ".join(str(error).split()))
+                reason = " ".join(str(error).split())
                 continue
-            if plan.fits and plan.speed is not None:
+            if plan.fits:
                 return Tried(flags, plan)
-            stage = fullest(plan)
-            static, whole = (size / GB for size in (sum(stage.static), stage.bytes))
-            limit = f"{plan.memory / GB:g} GB"
-            tried = Tried(flags, None, f"needs {whole:.1f} of {limit}")
+            stage, limit, too_large = fullest(plan), f"{plan.memory / GB:g} GB", True
             if sum(stage.static) > plan.memory:
-                reason = f"weights, gradients and optimizer alone need {static:.1f} of {limit}"
-                return Tried(base, None, reason)
-    return tried
+                held = sum(stage.static) / GB
+                told = f"weights, gradients and optimizer alone need {held:.1f} of {limit}"
+                return Tried(short, None, told)
+            least = flags.removeprefix(base).strip()
+            reason = f"needs {stage.bytes / GB:.2f} of {limit} with {least}"
+        if not too_large:
+            break  # it is refused, and would be with recompute
+    return Tried(short, None, reason)
 
 
 def describe_search(found: list[Tried]) -> str:
@@ -82,7 +84,7 @@ def describe_search(found: list[Tried]) -> str:
         found: from `search_layouts`.
     """
     fitting = sorted(
-        (tried for tried in found if tried.plan and tried.plan.speed),
+        (tried for tried in found if tried.plan),
         key=lambda tried: tried.plan.speed.step,  # type: ignore[union-attr]
     )
     lines = [f"SEARCH: {len(fitting)} of {len(found)} layouts fit; the fastest, by estimate:"]
