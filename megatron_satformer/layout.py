@@ -15,6 +15,8 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_satformer.benchmark.utilization import count_training_flops
+from megatron_satformer.expert_layout import check_experts
+from megatron_satformer.fitting import flag, near, require_multiple
 
 # Where neither a flag nor the tokenizer says it: the vocabulary of the published sizes.
 USUAL_VOCABULARY = 32000
@@ -122,6 +124,7 @@ def check_layout(args: Namespace) -> None:
     _check_ranks(args)
     _check_shape(args)
     _check_batch(args)
+    check_experts(args)
     if args.pipeline_model_parallel_size > 1 or _given(args, *_VIRTUAL):
         _check_stages(args)
 
@@ -130,14 +133,10 @@ def _given(args: Namespace, *names: str) -> list[str]:
     return [name for name in names if getattr(args, name)]
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _require(args: Namespace, name: str, what: str) -> None:
     if not getattr(args, name):
         raise ValueError(
-            f"{name} ({getattr(args, name)}) must be a number above 0. Add {_flag(name)}, {what}."
+            f"{name} ({getattr(args, name)}) must be a number above 0. Add {flag(name)}, {what}."
         )
 
 
@@ -162,18 +161,18 @@ def _model_ranks(args: Namespace) -> int:
 def _check_shape(args: Namespace) -> None:
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     if args.kv_channels is None:
-        _divides(args, "hidden_size", "num_attention_heads", "or give --kv-channels")
+        require_multiple(args, "hidden_size", "num_attention_heads", "or give --kv-channels")
     if args.group_query_attention:
-        _divides(args, "num_attention_heads", "num_query_groups")
+        require_multiple(args, "num_attention_heads", "num_query_groups")
     for name in ("num_attention_heads", "ffn_hidden_size"):
         if getattr(args, name):
-            _divides(args, name, "tensor_model_parallel_size")
+            require_multiple(args, name, "tensor_model_parallel_size")
     if args.sequence_parallel and tp > 1:
-        _divides(args, "seq_length", "tensor_model_parallel_size")
+        require_multiple(args, "seq_length", "tensor_model_parallel_size")
     if cp > 1 and args.seq_length % (2 * cp):
         raise ValueError(
             f"seq_length ({args.seq_length}) must be a multiple of 2 context_parallel_size "
-            f"({cp}). Use {_near(args.seq_length, 2 * cp)}."
+            f"({cp}). Use {near(args.seq_length, 2 * cp)}."
         )
     longest = args.max_position_embeddings
     if longest is not None and longest < args.seq_length:
@@ -187,39 +186,56 @@ def _check_shape(args: Namespace) -> None:
         )
 
 
-def _divides(args: Namespace, name: str, by: str, way_out: str = "") -> None:
-    value, divisor = getattr(args, name), getattr(args, by)
-    if value % divisor:
-        fitting = [str(n) for n in range(1, min(value, 128) + 1) if value % n == 0]
-        raise ValueError(
-            f"{name} ({value}) must be a multiple of {by} ({divisor}). Use {_flag(by)} "
-            f"{', '.join(fitting)}" + f", {way_out}" * bool(way_out) + "."
-        )
-
-
-def _near(value: int, of: int) -> str:
-    below, above = value // of * of, -(-value // of) * of
-    return f"{below} or {above}" if below else str(above)
-
-
 def _check_batch(args: Namespace) -> None:
     varies = args.rampup_batch_size or args.step_batch_size_schedule
     if varies or args.decrease_batch_size_if_needed or args.tensor_parallel_num_weight_shards:
         return
     replicas = args.world_size // _model_ranks(args)
+    chunks = _chunks_per_rank(args)
     for prefix in ("", "eval_"):
         batch = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
         micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
         at_once = micro * replicas
         if batch and batch % at_once:
             fitting = [n for n in range(1, micro) if batch % (n * replicas) == 0]
-            flag = _flag(f"{prefix}micro_batch_size")
-            smaller = f" or {flag} {fitting[-1]}" if fitting else ""
+            option = flag(f"{prefix}micro_batch_size")
+            smaller = f" or {option} {fitting[-1]}" if fitting else ""
             raise ValueError(
                 f"{prefix}global_batch_size ({batch}) must be a multiple of {prefix}"
                 f"micro_batch_size ({micro}) times the data-parallel ranks ({replicas}), that is "
-                f"{at_once}. Use {_near(batch, at_once)}{smaller}."
+                f"{at_once}. Use {near(batch, at_once)}{smaller}."
             )
+        if chunks > 1 and not (prefix and (args.eval_iters == 0 or args.full_validation)):
+            _check_interleaving(args, f"{prefix}global_batch_size", batch or at_once, at_once)
+
+
+def _chunks_per_rank(args: Namespace) -> float:
+    stages = args.pipeline_model_parallel_size
+    if args.pipeline_model_parallel_layout:
+        return (args.pipeline_model_parallel_layout.count("|") + 1) / stages
+    each = args.num_layers_per_virtual_pipeline_stage
+    return args.num_virtual_stages_per_pipeline_rank or (
+        args.num_layers / stages / each if each else 1
+    )
+
+
+def _check_interleaving(args: Namespace, name: str, batch: int, at_once: int) -> None:
+    """The interleaved schedule takes micro-batches in groups, no smaller than the pipeline."""
+    stages, count = args.pipeline_model_parallel_size, batch // at_once
+    group = args.microbatch_group_size_per_vp_stage or stages
+    if group < stages:
+        raise ValueError(
+            f"microbatch_group_size_per_vp_stage ({group}) must be at least "
+            f"pipeline_model_parallel_size ({stages}). Leave it out, or use {stages}."
+        )
+    if count < group or 0 < count % group < stages:
+        groups = f"groups of {group}, the last of at least {stages}"
+        raise ValueError(
+            f"{name} ({batch}) must be a multiple of {group * at_once} with virtual pipeline "
+            f"stages: each data-parallel rank has {count} micro-batches, and they go through "
+            f"pipeline_model_parallel_size ({stages}) stages in {groups}. Use "
+            f"{near(batch, group * at_once)}, or leave virtual stages out."
+        )
 
 
 def _check_stages(args: Namespace) -> None:
@@ -246,7 +262,7 @@ def _check_stages(args: Namespace) -> None:
     if layers < chunks:
         raise ValueError(
             f"num_layers ({layers}) must be at least one for each of the {chunks} pipeline stages. "
-            f"Use {_flag('pipeline_model_parallel_size')} {_largest_fitting(args)} or less."
+            f"Use {flag('pipeline_model_parallel_size')} {_largest_fitting(args)} or less."
         )
     counted = layers + len(_given(args, *_ACCOUNTED))
     if counted % (chunks * per_chunk) == 0 or not _given(args, *_VIRTUAL, *_ACCOUNTED):
@@ -255,7 +271,7 @@ def _check_stages(args: Namespace) -> None:
         chunks *= max(1, round(layers / (stages * per_chunk)))
     given = _given(args, *_VIRTUAL, *_ACCOUNTED)
     asked = " with " + " and ".join(f"{name} ({getattr(args, name)})" for name in given)
-    instead = " and ".join(map(_flag, given))
+    instead = " and ".join(map(flag, given))
     raise ValueError(
         f"num_layers ({layers}) must divide evenly over pipeline_model_parallel_size ({stages})"
         f"{asked}. In place of {instead} use --pipeline-model-parallel-layout "

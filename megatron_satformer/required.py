@@ -8,6 +8,8 @@ import importlib.util
 from argparse import Namespace
 from typing import Any
 
+from megatron_satformer.fitting import flag, near
+
 # Of these an interval is one that no run reaches: evaluation is then at the end alone.
 NEVER = 1 << 40
 # The model's shape; a checkpoint may bring it in (--use-checkpoint-args).
@@ -23,7 +25,7 @@ SMALLEST = {
     save_dgrads_interval train_sync_interval non_persistent_save_interval""",
     0: """eval_interval eval_iters exit_interval num_workers lr_warmup_iters lr_warmup_samples
     lr min_lr lr_warmup_init lr_warmup_fraction lr_wsd_decay_iters lr_wsd_decay_samples
-    weight_decay clip_grad start_eval_at_iter manual_gc_interval""",
+    weight_decay clip_grad start_eval_at_iter manual_gc_interval skip_nan_steps""",
 }
 
 
@@ -58,7 +60,7 @@ def check_required(preview: Namespace) -> None:
             if value is not None and value < smallest and (option, value) != ("train_iters", 0):
                 raise ValueError(
                     f"{option} ({value}) must be at least {smallest}. Change "
-                    f"{_flag(option)}, or leave it out."
+                    f"{flag(option)}, or leave it out."
                 )
     if not preview.use_checkpoint_args:
         for option in SHAPE:
@@ -74,6 +76,9 @@ def check_required(preview: Namespace) -> None:
             f"save ({preview.save}) must come with save_interval (None), the steps between two "
             "checkpoints. Add --save-interval."
         )
+    _check_intervals(preview)
+    _check_recompute(preview)
+    _check_overlap(preview)
     if preview.log_progress and preview.save is None:
         raise ValueError(
             "log_progress (True) must come with save (None), the folder of its file. Add --save."
@@ -83,17 +88,13 @@ def check_required(preview: Namespace) -> None:
         _check_rates(preview)
 
 
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
 def _alias(option: str) -> str:
     return f"encoder_{option}"
 
 
 def _missing(preview: Namespace, option: str, why: str = "Megatron has no default for it") -> Any:
     value = getattr(preview, option)
-    return ValueError(f"{option} ({value}) must be given: {why}. Add {_flag(option)}.")
+    return ValueError(f"{option} ({value}) must be given: {why}. Add {flag(option)}.")
 
 
 def _check_heads(preview: Namespace) -> None:
@@ -130,6 +131,56 @@ def _check_wandb(preview: Namespace) -> None:
         )
 
 
+def _check_intervals(preview: Namespace) -> None:
+    for option, by in (
+        ("save_retain_interval", "save_interval"),
+        ("log_memory_interval", "log_interval"),
+    ):
+        value, each = getattr(preview, option), getattr(preview, by)
+        if value and each and value % each:
+            raise ValueError(
+                f"{option} ({value}) must be a multiple of {by} ({each}). Use {near(value, each)}."
+            )
+
+
+def _check_recompute(preview: Namespace) -> None:
+    kind, method = preview.recompute_granularity, preview.recompute_method
+    layers = preview.recompute_num_layers
+    if kind == "full":
+        if method is None:
+            raise _missing(preview, "recompute_method", "recompute_granularity (full) has two")
+        if layers is None:
+            told = f"recompute_method ({method}) takes so many layers at a time, or in all"
+            raise _missing(preview, "recompute_num_layers", told)
+        return
+    for option in ("recompute_method", "recompute_num_layers"):
+        if (value := getattr(preview, option)) is not None:
+            raise ValueError(
+                f"{option} ({value}) must come with recompute_granularity full, not ({kind}). "
+                f"Leave {flag(option)} out, or add --recompute-granularity full."
+            )
+    if preview.distribute_saved_activations:
+        raise ValueError(
+            "distribute_saved_activations (True) must come with recompute_granularity full, not "
+            f"({kind}). Leave it out, or add --recompute-granularity full."
+        )
+
+
+def _check_overlap(preview: Namespace) -> None:
+    if not preview.overlap_param_gather or preview.use_megatron_fsdp:
+        return
+    if not preview.use_distributed_optimizer and preview.optimizer != "dist_muon":
+        raise ValueError(
+            "overlap_param_gather (True) must come with use_distributed_optimizer (False): no "
+            "other optimizer gathers. Add --use-distributed-optimizer."
+        )
+    if not preview.overlap_grad_reduce:
+        raise ValueError(
+            "overlap_param_gather (True) must come with overlap_grad_reduce (False). Add "
+            "--overlap-grad-reduce."
+        )
+
+
 def _check_length(preview: Namespace) -> None:
     steps, samples = preview.train_iters, preview.train_samples
     if getattr(preview, "train_tokens", None):
@@ -149,7 +200,7 @@ def _check_length(preview: Namespace) -> None:
         if value := getattr(preview, f"{name}_{other}"):
             raise ValueError(
                 f"{name}_{other} ({value}) must not be given with train_{used} "
-                f"({getattr(preview, f'train_{used}')}). Use {_flag(f'{name}_{used}')}."
+                f"({getattr(preview, f'train_{used}')}). Use {flag(f'{name}_{used}')}."
             )
     if preview.lr_warmup_fraction is not None and getattr(preview, f"lr_warmup_{used}"):
         raise ValueError(
@@ -175,7 +226,7 @@ def _check_schedule(preview: Namespace, unit: str) -> None:
     if preview.lr_decay_style == "WSD" and annealed is None:
         raise ValueError(
             f"lr_decay_style (WSD) must come with lr_wsd_decay_{unit} (None), the length of its "
-            f"last part. Add {_flag(f'lr_wsd_decay_{unit}')}."
+            f"last part. Add {flag(f'lr_wsd_decay_{unit}')}."
         )
     if annealed is not None and length and annealed > decay:
         raise ValueError(f"lr_wsd_decay_{unit} ({annealed}) must be at most {whole}. Give less.")

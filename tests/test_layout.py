@@ -25,6 +25,7 @@ def with_options(parsed, **options):
 
 
 PP, VIRTUAL = "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"
+LAYOUT, GROUP = "pipeline_model_parallel_layout", "microbatch_group_size_per_vp_stage"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,30 @@ def test_no_other_stages_are_faster(parsed, chunks):
             {PP: 3, "world_size": 3, "pipeline_model_parallel_layout": "Et*5|t*6L"},
             "in a multiple of pipeline_model_parallel_size (3) parts (|)",
         ),
+        # At 8 samples at a time on one rank: 64 micro-batches.
+        (
+            {PP: 2, VIRTUAL: 2, "num_layers": 12, "world_size": 2, "global_batch_size": 24},
+            "global_batch_size (24) must be a multiple of 16 with virtual pipeline stages: each "
+            "data-parallel rank has 3 micro-batches, and they go through "
+            "pipeline_model_parallel_size (2) stages in groups of 2, the last of at least 2. Use "
+            "16 or 32, or leave virtual stages out.",
+        ),
+        (
+            {PP: 2, VIRTUAL: 2, "num_layers": 12, "world_size": 2, "eval_global_batch_size": 8},
+            "eval_global_batch_size (8) must be a multiple of 16 with virtual pipeline stages",
+        ),
+        (
+            {PP: 2, "world_size": 4, LAYOUT: "Et*3|t*3|t*3|t*2L", "global_batch_size": 16},
+            "global_batch_size (16) must be a multiple of 32 with virtual pipeline stages",
+        ),
+        (
+            {PP: 2, VIRTUAL: 2, "num_layers": 12, "world_size": 2, GROUP: 7},
+            "stages in groups of 7, the last of at least 2. Use 504 or 560,",
+        ),
+        (
+            {PP: 2, VIRTUAL: 2, "num_layers": 12, "world_size": 2, GROUP: 1},
+            "microbatch_group_size_per_vp_stage (1) must be at least pipeline_model_parallel_size",
+        ),
     ],
 )
 def test_what_does_not_divide(parsed, options, told):
@@ -165,6 +190,8 @@ def test_what_does_not_divide(parsed, options, told):
         {PP: 2, "world_size": 2, "account_for_loss_in_pipeline_split": True},
         {PP: 3, "world_size": 3, "decoder_first_pipeline_num_layers": 3},
         {PP: 2, "world_size": 2, VIRTUAL: 2, "num_layers": 12},
+        # 64 micro-batches in groups of 3 leave one, in groups of 31 two.
+        {PP: 2, "world_size": 2, VIRTUAL: 2, "num_layers": 12, GROUP: 31},
         {PP: 2, "world_size": 2, "pipeline_model_parallel_layout": "Et*5|t*3|t*3|L"},
         {"use_checkpoint_args": True, "num_layers": None},
     ],

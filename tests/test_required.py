@@ -1,7 +1,13 @@
 """What Megatron leaves at None, or divides by, has a default or is one line."""
 
+import re
+import sys
+from argparse import Namespace
+
 import pytest
 
+from megatron_satformer import arguments
+from megatron_satformer.required import check_required
 from tests.small import SHAPE
 
 
@@ -54,6 +60,55 @@ def test_what_megatron_cannot_compute_with_is_one_line(pretrain, data_flags, fla
     run = pretrain(1, *SHAPE, "--train-iters", 2, *data_flags, *flags.split(), code=2)
     assert f"error: {GIVEN[flags]}" in run.output
     assert run.output.count("\n") <= 2
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """The real parser's, of a run that is right."""
+    flags = [*SHAPE, "--tokenizer-type", "SentencePieceTokenizer", "--train-iters", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain_satformer.py", *flags])
+        return arguments.preview_arguments()
+
+
+FULL = {"recompute_granularity": "full"}
+TOGETHER = {
+    "recompute_method (None) must be given: recompute_granularity (full)": FULL,
+    "recompute_num_layers (None) must be given: recompute_method (uniform) takes": FULL
+    | {"recompute_method": "uniform"},
+    "recompute_method (block) must come with recompute_granularity full, not (selective).": {
+        "recompute_granularity": "selective",
+        "recompute_method": "block",
+    },
+    "recompute_num_layers (2) must come with recompute_granularity full, not (None).": {
+        "recompute_num_layers": 2
+    },
+    "distribute_saved_activations (True) must come with recompute_granularity full": {
+        "distribute_saved_activations": True
+    },
+    "save_retain_interval (5) must be a multiple of save_interval (2). Use 4 or 6.": {
+        "save_retain_interval": 5,
+        "save_interval": 2,
+    },
+    "log_memory_interval (3) must be a multiple of log_interval (2). Use 2 or 4.": {
+        "log_memory_interval": 3,
+        "log_interval": 2,
+    },
+    "overlap_param_gather (True) must come with use_distributed_optimizer (False)": {
+        "overlap_param_gather": True
+    },
+    "overlap_param_gather (True) must come with overlap_grad_reduce (False).": {
+        "overlap_param_gather": True,
+        "use_distributed_optimizer": True,
+    },
+}
+
+
+@pytest.mark.parametrize("told", TOGETHER)
+def test_what_must_come_with_another_is_one_line(parsed, told):
+    check_required(parsed)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_required(Namespace(**vars(parsed) | TOGETHER[told]))
 
 
 def test_no_length_and_no_tokenizer(pretrain, data_flags):
