@@ -77,6 +77,7 @@ from megatron_satformer.parallel.carry import check_ranks_hold_something
 from megatron_satformer.parallel.p2p import CarryP2PCommunicator
 from megatron_satformer.parallel.stages import finish_chunks
 from megatron_satformer.report import describe_run
+from megatron_satformer.wandb_run import keep_run_id
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
@@ -365,6 +366,7 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
         metrics.hold_arguments()
+        keep_run_id(preview, metrics.run_folder(preview))
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )

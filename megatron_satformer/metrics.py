@@ -30,6 +30,7 @@ from megatron_satformer.files.metrics_file import MetricsFile
 from megatron_satformer.model.gate_stats import GateStats
 
 METRICS, ARGUMENTS = "metrics.jsonl", "arguments.txt"
+BOARD = "--tensorboard-dir"
 _EVALUATION = re.compile(r" validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \| (.*)")
 _VALUE = re.compile(r"(\S[^|]*?) value: (\S+) \|")
 _plain_log, _plain_print = training.training_log, training.print_rank_last
@@ -55,7 +56,7 @@ def tell_arguments(args: Namespace) -> str:
         _plain_dump("arguments", args)
     folder = run_folder(args)
     if folder is None:
-        return lines.getvalue().rstrip()
+        return f"{lines.getvalue()}WARNING: {METRICS} is not written without --save or {BOARD}."
     write_atomically(folder / ARGUMENTS, lines.getvalue().encode())
     return f"all arguments: {folder / ARGUMENTS}"
 
@@ -90,6 +91,14 @@ def device_peak(cuda: bool) -> float | None:
     return peak_flops(torch.cuda.get_device_name()) if cuda else None
 
 
+def largest_peak() -> float:
+    """MiB, the most that any rank has held; to be asked of all ranks."""
+    held = torch.cuda.max_memory_allocated() / 2**20
+    peak = torch.tensor(held, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return peak.item()
+
+
 class RunMetrics:
     """Makes records of what training_log gets, on the last rank, which has the losses.
 
@@ -106,6 +115,7 @@ class RunMetrics:
         self._seconds = 0.0  # on Megatron's timer at the last line
         self._began: tuple[int, float] | None = None  # step and time of the first line
         self._suffix = ""
+        self._untold: list[str] = []  # losses of which no step counts
         self._lost = False  # whether the file cannot be written
 
     def log(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,14 +123,15 @@ class RunMetrics:
         step = inspect.signature(_plain_log).bind(*args, **kwargs).arguments
         if self._gates is not None:
             self._tell_gates(self._gates, step["iteration"])
-        if not is_last_rank():
-            return _plain_log(*args, **kwargs)
         options = get_args()
-        self._add(step)
         first = step.get("is_first_iteration", False)
         told = first or step["iteration"] % options.log_interval == 0
+        peak = largest_peak() if told else 0.0  # on all ranks
+        if not is_last_rank():
+            return _plain_log(*args, **kwargs)
+        self._add(step)
         if told:
-            record = self._record(step, options)
+            record = self._record(step, options) | {"peak_memory_mib": peak}
             self._suffix = _suffix(record)
             self._write(record)
         result = _plain_log(*args, **kwargs)
@@ -131,6 +142,8 @@ class RunMetrics:
     def print_line(self, line: str) -> None:
         """In place of print_rank_last: adds to a step's line, makes records of evaluations."""
         if " iteration " in line and "elapsed time per iteration" in line:
+            for name in self._untold:  # Megatron would tell the mean of no step, 0
+                line = re.sub(rf" {re.escape(name)}: 0\.0+E\+00 \|", "", line)
             line, self._suffix = line + self._suffix, ""
         elif (match := _EVALUATION.match(line)) and is_last_rank():
             name, step, last, values = match.groups()
@@ -146,10 +159,13 @@ class RunMetrics:
         means = {layer: found.mean for layer, found in gates.items()}
         zeros = {layer: found.zeros for layer, found in gates.items()}
         self._write({"step": step, "split": "gates", "alpha_mean": means, "alpha_zeros": zeros})
+        curves = {f"alpha mean/layer {layer}": mean for layer, mean in means.items()}
+        curves |= {f"alpha zeros/layer {layer}": share for layer, share in zeros.items()}
         if writer := training.get_tensorboard_writer():
-            for layer, found in gates.items():
-                writer.add_scalar(f"alpha mean/layer {layer}", found.mean, step)
-                writer.add_scalar(f"alpha zeros/layer {layer}", found.zeros, step)
+            for name, value in curves.items():
+                writer.add_scalar(name, value, step)
+        if wandb := training.get_wandb_writer():
+            wandb.log(curves, step)
 
     def _add(self, step: dict[str, Any]) -> None:
         self._steps["all"] += 1
@@ -166,6 +182,7 @@ class RunMetrics:
         trained = max(1, self._steps["all"] - self._steps["skipped"])
         losses = {_key(name): float(total) / trained for name, total in self._losses.items()}
         skipped = self._steps["skipped"]
+        self._untold = [name for name in step["loss_dict"] if name not in self._losses]
         self._losses, self._steps = {}, Counter()
         replicas = options.data_parallel_size * options.gtp_weight_remat_size
         batch = options.micro_batch_size * replicas * get_num_microbatches()
@@ -193,7 +210,6 @@ class RunMetrics:
             "tokens_per_second": batch * options.seq_length / each,
             "tflops_per_second_and_gpu": speed / 1e12,
             "mfu": utilization,
-            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20,
             "seconds_left": self._seconds_left(step["iteration"], options.train_iters, each),
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         }

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "fitting": set(),
     "expert_layout": {"fitting"},
     "layout": {"benchmark", "expert_layout", "fitting"},
+    "wandb_run": {"files"},
     "metrics": {"benchmark", "files", "model"},
     "config": set(),
     "arguments": {"cli", "config", "layout", "model", "required", "sizes"},

@@ -1,5 +1,6 @@
 """metrics.jsonl and the log line of real runs: Megatron's values, once for each logged step."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -100,6 +101,29 @@ def train_on_a_teraflop(argv):
     pretrain_satformer.main()
 
 
+def test_memory_is_that_of_the_rank_that_holds_most(zygote, data_flags, tmp_path):
+    argv = [*SHAPE, *data_flags, *PP2.split(), "--train-iters", 2, "--tensorboard-dir", tmp_path]
+    run = zygote.run(2, call=f"{__name__}:train_with_weight", args=[[*map(str, argv)]])
+    assert run.codes == [0, 0], run.output[-3000:]
+    most, writer = (float((tmp_path / f"{rank}").read_text()) for rank in (0, 1))
+    assert most > writer + 300
+    assert records_of(tmp_path)[-1]["peak_memory_mib"] == pytest.approx(most, rel=0.02)
+
+
+def train_with_weight(argv):
+    import torch
+
+    import pretrain_satformer
+
+    rank = int(os.environ["RANK"])
+    weight = torch.ones(100 * 2**20) if rank == 0 else None  # 400 MiB
+    sys.argv = ["pretrain_satformer.py", *argv]
+    pretrain_satformer.main()
+    folder = Path(argv[argv.index("--tensorboard-dir") + 1])
+    (folder / f"{rank}").write_text(f"{torch.cuda.max_memory_allocated() / 2**20}")
+    del weight
+
+
 def test_a_file_that_cannot_be_written_does_not_end_the_run(pretrain, data_flags, tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     flags = [*SHAPE, *data_flags, "--train-iters", 2, "--save-interval", 9, "--save", tmp_path]
@@ -114,4 +138,7 @@ def test_arguments_go_to_a_file_or_else_to_the_console(pretrain, data_flags, tmp
     assert f"all arguments: {tmp_path / 'arguments.txt'}" in run.output
     assert "  hidden_size ............" in (tmp_path / "arguments.txt").read_text()
     assert "  hidden_size ............" not in run.output
-    assert "  hidden_size ............" in pretrain(1, *flags, board=False).output
+    nowhere = pretrain(1, *flags, board=False).output
+    assert "  hidden_size ............" in nowhere
+    told = "WARNING: metrics.jsonl is not written without --save or --tensorboard-dir."
+    assert nowhere.count(told) == 1
