@@ -10,7 +10,6 @@ import time
 
 _PROGRAM_START_TIME = time.time()  # before the heavy imports: Megatron reports start-up times
 
-import json
 import warnings
 from functools import cache, partial
 from typing import Any
@@ -24,14 +23,12 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (
     BlendedMegatronDatasetBuilder,
 )
 from megatron.core.datasets.gpt_dataset import (
-    GPTDataset,
     GPTDatasetConfig,
     MockGPTDataset,
 )
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
@@ -57,7 +54,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, metrics, refusals, required
+from megatron_satformer import arguments, metrics, refusals, required, step_checks
 from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
@@ -68,6 +65,7 @@ from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
+from megatron_satformer.data.training.gpt_dataset import GPTDataset, build_dataset_config
 from megatron_satformer.data.training.samples import planned_samples
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
@@ -82,7 +80,6 @@ from megatron_satformer.wandb_run import keep_run_id
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 OTHER_KEYS = ("local_cp_size", "hybrid_cp_group")
-SPIKE = 10.0  # times the largest loss seen
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]:
@@ -105,6 +102,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         return dict.fromkeys(keys)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
+    sample = None
     if tp_rank == 0:
         sample = next(data_iterator)
         batch = {
@@ -127,6 +125,8 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> dict[str, Any]
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage):
+        step_checks.note_batch(sample)
     if is_one_stream(args):
         batch = flatten_batch_for_packed_sequences(batch)
     if is_first_or_last_pipeline_stage(vp_stage):
@@ -153,26 +153,11 @@ def loss_func(
     """
     args = get_args()
     mask = loss_mask.view(-1).float()
-    loss = torch.sum(output_tensor.view(-1).float() * mask)
+    losses = output_tensor.view(-1).float() * mask
+    loss = torch.sum(losses)
     num_tokens = mask.sum().detach().to(torch.int)
-    machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            machine.validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
-    if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss"),
-            message="Spiky loss",
-            tolerance=0.0,
-            fatal=False,
-        )
+    rows = losses.detach().view_as(output_tensor).sum(-1)
+    step_checks.check_loss(args, loss, rows, num_tokens)
     logged = torch.cat([loss.detach().view(1), num_tokens.view(1)])
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         # The schedules (0.19.2) divide by this rank's tokens and take the mean over ranks: where a
@@ -272,38 +257,7 @@ def _reads_data(vp_stage: int | None) -> bool:
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences = None
-    if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences = json.load(file)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=sequences,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-        inter_document_masking=args.dataloader_inter_document_masking,
-    )
+    return build_dataset_config(args, get_tokenizer(), *get_blend_and_blend_per_split(args))
 
 
 def build_model_config(args: Any) -> DecoderModelConfig:
@@ -393,7 +347,8 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
             ):
                 if warning:
                     print(f"WARNING: {warning}", flush=True)
-    model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda)]
+    checks = step_checks.activate(args, preview.check_for_nan_in_loss_and_grad)
+    model.pre_wrap_hooks = [*model.pre_wrap_hooks, *metrics.activate(args, cuda), *checks]
     return args, model, (plan, noted)
 
 

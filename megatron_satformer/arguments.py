@@ -74,6 +74,15 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
     )
     add_resume_arguments(parser)
     _add_size(group)
+    group.add_argument(
+        "--skip-nan-steps",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Steps in a row, at most, whose update is left out because a loss or a gradient is "
+        "NaN or Inf, or a sample damaged. One more, by default the first, ends the run, saved as "
+        "it was before.",
+    )
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"
         group.add_argument(flag, dest=dest, action=action, help=text)

@@ -150,14 +150,19 @@ def _refuse(error: Exception) -> NoReturn:
     told = " ".join(str(error).split()) or _failed_line(error)
     if _rank():
         _await_rank_0()
-    _leave_for_torchrun(f"error: {told}")
+    leave_cause(f"error: {told}")
     if _is_first_to_speak():
         met = f" (met by rank {_rank()})" if _rank() else ""
         print(f"error: {told}{met}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
 
 
-def _leave_for_torchrun(told: str) -> None:
+def leave_cause(told: str) -> None:
+    """Leaves a line where torchrun looks for the cause of its failure; without torchrun, nowhere.
+
+    Args:
+        told: Why this rank leaves.
+    """
     file = os.environ.get(ERROR_FILE)
     if not file:
         return

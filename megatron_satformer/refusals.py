@@ -63,6 +63,7 @@ def check_arguments(preview: Namespace, cuda: bool) -> None:
     check_model(preview, cuda)
     _check_tokenizer(preview)
     _check_async_save(preview)
+    _check_skipping(preview)
     if preview.use_mup and not preview.scaled_output_init:
         raise ValueError(
             "use_mup (True) must come with --scaled-output-init: it scales the init of the output "
@@ -240,6 +241,22 @@ def _check_async_save(preview: Namespace) -> None:
             "that Megatron 0.19.2 can use, and there is none. Install one, or use "
             "--async-strategy mcore."
         ) from error
+
+
+def _check_skipping(preview: Namespace) -> None:
+    for option, needed in {
+        "rerun_mode": "validate_results",
+        "error_injection_rate": 0,
+        "optimizer_cuda_graph": False,  # the captured step is made whole
+        "check_for_nan_in_loss_and_grad": True,
+    }.items():
+        value = getattr(preview, option)
+        if preview.skip_nan_steps and value != needed:
+            raise ValueError(
+                f"{option} ({value}) must be ({needed}) with skip_nan_steps "
+                f"({preview.skip_nan_steps}): bad steps are not found otherwise. Leave one of them "
+                "out."
+            )
 
 
 def _check_muon(args: Namespace) -> None:

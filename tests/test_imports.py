@@ -16,6 +16,8 @@ MAY_IMPORT = {
     "fitting": set(),
     "expert_layout": {"fitting"},
     "layout": {"benchmark", "expert_layout", "fitting"},
+    "step_findings": set(),
+    "step_checks": {"checkpoint", "cli", "step_findings"},
     "wandb_run": {"files"},
     "metrics": {"benchmark", "files", "model"},
     "config": set(),
@@ -45,6 +47,7 @@ ONLY_IN = {
         "backend/parameter_groups",
         "backend/schedule",
         "metrics",
+        "step_checks",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},

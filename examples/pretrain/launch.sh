@@ -39,6 +39,7 @@ DATA_ARGS=(
 LOGGING_ARGS=(
     --log-interval 10
     --log-throughput
+    --check-for-spiky-loss
     --log-validation-ppl-to-tensorboard
     --tensorboard-dir "$TENSORBOARD_LOGS_PATH"
     --save "$CHECKPOINT_PATH"

@@ -206,6 +206,10 @@ def _find_free_changes(
                 yield refuse(option, then, now, told)
 
 
+# Steps that were skipped one after the other until now (--skip-nan-steps).
+IN_A_ROW = "skipped_steps_in_a_row"
+
+
 def hand_on(args: Namespace, saved: Namespace | None, entries: int) -> None:
     """Puts into a run's arguments, and so its checkpoints, what Megatron has no option for.
 
@@ -215,6 +219,8 @@ def hand_on(args: Namespace, saved: Namespace | None, entries: int) -> None:
         entries: Of the run's tokenizer.
     """
     record_vocabulary(args, saved, entries)
+    if skipped := getattr(saved, IN_A_ROW, 0):
+        setattr(args, IN_A_ROW, skipped)
     if saved is not None and (origin := find_origin(saved)) is not None:
         origin.put_into(args)
 
