@@ -5,6 +5,7 @@ or an assertion without words on some rank. Must not know: modules, process grou
 """
 
 import importlib.util
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -42,6 +43,10 @@ def find_defaults(preview: Namespace) -> dict[str, Any]:
         defaults["train_iters"] = 0
     if preview.wandb_project and not preview.wandb_save_dir and preview.save is None:
         defaults["wandb_save_dir"] = "."  # wandb's own: it makes a folder of its name there
+    if preview.wandb_project and not preview.tensorboard_dir:
+        # Megatron tells wandb what it tells TensorBoard, and nothing without it.
+        folder = preview.save or preview.wandb_save_dir or "."
+        defaults["tensorboard_dir"] = os.path.join(folder, "tensorboard")
     return defaults
 
 

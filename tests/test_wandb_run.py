@@ -58,7 +58,7 @@ def train(argv):
 def test_a_run_that_starts_again_is_one_run(zygote, data_flags, tmp_path):
     flags = [*SHAPE, *data_flags, *PP2.split(), "--save", tmp_path, "--load", tmp_path]
     flags += ["--save-interval", 2, "--wandb-project", "p", "--wandb-exp-name", "n"]
-    flags += ["--log-gates-interval", 1, "--train-iters", 4]
+    flags += ["--log-gates-interval", 1, "--train-iters", 4, "--tensorboard-log-interval", 1]
     for further in (["--exit-interval", 2], []):
         argv = [*map(str, [*flags, *further])]
         run = zygote.run(2, call=f"{__name__}:train", args=[argv])
