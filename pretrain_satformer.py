@@ -380,7 +380,7 @@ def resolve(preview: Any, cuda: bool) -> tuple[Any, DecoderModelConfig]:
     check_options(preview)
     refusals.check_arguments(preview, cuda)
     check_layout(preview)
-    if preview.rank == 0 and not preview.dry_run:
+    if preview.rank == 0 and not (preview.dry_run or preview.skip_train):
         claim(preview.save)
     recover(preview)  # before anything reads what --load holds
     defaults = arguments.resolve_defaults(preview, cuda)
