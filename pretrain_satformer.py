@@ -57,12 +57,14 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_satformer import arguments, metrics, refusals, required
+from megatron_satformer import arguments, metrics, refusals, required, stopping
 from megatron_satformer.backend import parameter_groups, schedule
 from megatron_satformer.backend.device import choose_device
 from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_tokenizer_options
+from megatron_satformer.checkpoint.megatron import saving
 from megatron_satformer.checkpoint.megatron.recovery import recover
 from megatron_satformer.checkpoint.megatron.resume import check_resume, hand_on
+from megatron_satformer.checkpoint.megatron.save_folder import check_room, claim
 from megatron_satformer.checkpoint.megatron.source import starts_from_transformer
 from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
@@ -362,12 +364,15 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
         check_layout(preview)
+        if preview.rank == 0:
+            claim(preview.save)
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)
         metrics.hold_arguments()
         args = arguments.finish_arguments(
             parse_and_validate_args(partial(arguments.add_arguments, defaults=defaults))
         )
+        stopping.activate(args)
         if args.use_checkpoint_args:
             refusals.check_model(args, cuda)  # now that the checkpoint has spoken
         model = build_model_config(args)
@@ -379,6 +384,7 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
             resumed = check_resume(args, data)
             plan = resumed.plan
             hand_on(args, resumed.args, get_tokenizer().vocab_size)
+            check_room(args, model.transformer)
             noted = {name: value for name, value in vars(args).items() if name not in given}
             samples = planned_samples(vars(args))
             if samples is not None:
@@ -417,6 +423,7 @@ def main() -> None:
             groups.pp, model.transformer, evaluated, is_one_stream(args)
         )
         communication = {"p2p_communicator": communicator, "pg_collection": groups}
+    saving.activate(args, usage_errors)
     parameter_groups.activate(find_architecture(args.architecture).parameter_groups)
     kind = ModelType.encoder_or_decoder
     pretrain(container, choose_provider(plan), kind, forward_step, **communication)

@@ -73,6 +73,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any] | None = None
         "layout, for tests and small models).",
     )
     add_resume_arguments(parser)
+    _add_checkpoint_arguments(parser)
     _add_size(group)
     for flag, (dest, value, text) in COUNTER_FLAGS.items():
         action = "store_true" if value else "store_false"
@@ -99,6 +100,29 @@ def add_resume_arguments(parser: ArgumentParser) -> None:
         metavar="OPTION",
         help="What of the data may be another than in the run that saved --load: "
         f"{', '.join(DATA_OPTIONS)}.",
+    )
+
+
+def _add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints and stopping")
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Keep the N newest checkpoints in --save, and the multiples of --save-retain-interval "
+        "besides. Without it all are kept, or with --save-retain-interval the newest alone.",
+    )
+    group.add_argument(
+        "--no-verify-checkpoint",
+        dest="verify_checkpoint",
+        action="store_false",
+        help="Do not read a checkpoint in --load once, on rank 0, to compare its checksums.",
+    )
+    group.add_argument(
+        "--exit-trigger-file",
+        metavar="FILE",
+        help="End the run as a signal does (--exit-signal-handler) once this file is there: after "
+        "the step, with a checkpoint. The file is removed.",
     )
 
 
@@ -214,6 +238,8 @@ def resolve_defaults(preview: Namespace, cuda: bool) -> dict[str, Any]:
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
     defaults |= find_architecture(preview.architecture).defaults(preview)
     defaults |= find_defaults(preview)
+    if preview.exit_trigger_file is not None:
+        defaults["exit_signal_handler"] = True
     if not importable("fused_weight_gradient_mlp_cuda"):  # apex's; the output layer needs it
         defaults["gradient_accumulation_fusion"] = False
     if not cuda:

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "config": set(),
     "arguments": {"cli", "config", "layout", "model", "required", "sizes"},
     "required": set(),
+    "stopping": set(),
     "refusals": {"arguments", "config", "model", "unsupported"},
     "cli": set(),
     "files": set(),
@@ -41,7 +42,9 @@ ONLY_IN = {
         "config",
         "backend/parameter_groups",
         "backend/schedule",
+        "checkpoint/megatron/saving",
         "metrics",
+        "stopping",
     },
     # data/tokenizers: a Hugging Face tokenizer's class, named in its config, may change the ids.
     "transformers": {"checkpoint", "analysis", "benchmark/hugging_face", "data/tokenizers"},

@@ -29,6 +29,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_satformer.checkpoint.megatron.checksums import (
+    find_changed_lists,
+    find_changed_pieces,
+)
 from megatron_satformer.checkpoint.megatron.damage import find_damage
 from megatron_satformer.checkpoint.tensor_names import list_problems
 
@@ -109,12 +113,14 @@ class MegatronCheckpoint:
         return buffer if index is None else buffer.squeeze(0)
 
     def check_files(self) -> None:
-        """Looks whether every file that holds a piece of the model is there and long enough.
+        """Looks whether every piece of the model is there, and as it was written.
 
         Raises:
             ValueError: Names those that are not.
         """
-        damage = find_damage(self.folder, self.metadata, self.tensors.__contains__)
+        wanted = self.tensors.__contains__
+        damage = find_damage(self.folder, self.metadata, wanted) or find_changed_lists(self.folder)
+        damage = damage or find_changed_pieces(self.folder, self.metadata, wanted)
         if damage:
             raise ValueError(f"{list_problems(damage)}.")
 

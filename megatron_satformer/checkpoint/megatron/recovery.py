@@ -10,17 +10,25 @@ import json
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_satformer.checkpoint.megatron.checksums import (
+    find_changed_lists,
+    find_changed_pieces,
+)
 from megatron_satformer.checkpoint.megatron.damage import find_damage
 from megatron_satformer.checkpoint.megatron.reader import RELEASE, STEP_FOLDER, TRACKER, list_steps
+from megatron_satformer.checkpoint.megatron.retention import put_back
 from megatron_satformer.files.atomic import write_atomically
 
 WAIT = 120.0  # seconds that a rank leaves to rank 0; reading the lists of a large model takes long
 POLL = 0.1
+COMMON = "common_state"  # what a checkpoint keeps of its arguments, and all that is no tensor
+Keys = Callable[[str], bool]
 FRESH = "To start anew at step 0 all the same, add --allow-fresh-start."
 
 
@@ -35,6 +43,11 @@ class Recovery:
 
     torn: str
     step: int | None
+
+
+def everything(key: str) -> bool:
+    """Of which keys the contents are compared: all."""
+    return True
 
 
 def recover(args: Namespace) -> None:
@@ -53,17 +66,28 @@ def recover(args: Namespace) -> None:
     if args.load is None or args.ckpt_format != "torch_dist" or not (args.rank == 0 or early):
         return
     load = Path(args.load)
+    if args.rank == 0 and _is_saved_to(args, load):
+        for name in put_back(load):
+            print(f"WARNING: {load / name} was being written anew, and is as it was.", flush=True)
+
+    # All of a step is read once, on rank 0; the others take its arguments, and no more, this early.
+    def compared(key: str) -> bool:
+        return args.verify_checkpoint and (args.rank == 0 or key.startswith(COMMON))
+
     if args.ckpt_step:
-        _check_step(load, args.ckpt_step)
+        _check_step(load, args.ckpt_step, compared)
     if args.rank != 0:
-        _await_rank_0(load, args.ckpt_step)
-    elif found := find_recovery(load, args.ckpt_step, args.allow_fresh_start):
+        _await_rank_0(load, args.ckpt_step, compared)
+    elif found := find_recovery(load, args.ckpt_step, args.allow_fresh_start, compared):
         _mend(load, found, args.allow_fresh_start)
 
 
-def _await_rank_0(load: Path, ckpt_step: int | None) -> None:
+def _await_rank_0(load: Path, ckpt_step: int | None, compared: Keys) -> None:
     end = time.monotonic() + WAIT
-    while (found := find_recovery(load, ckpt_step, True)) and found.step and time.monotonic() < end:
+    while time.monotonic() < end:
+        found = find_recovery(load, ckpt_step, True, compared)
+        if found is None or not found.step:
+            return
         time.sleep(POLL)
 
 
@@ -93,7 +117,10 @@ def _mend(load: Path, found: Recovery, allow_fresh_start: bool) -> None:
 
 
 def find_recovery(
-    load: Path, ckpt_step: int | None = None, allow_fresh_start: bool = False
+    load: Path,
+    ckpt_step: int | None = None,
+    allow_fresh_start: bool = False,
+    compared: Keys = everything,
 ) -> Recovery | None:
     """Looks whether the step that the tracker names can be loaded, and if not, which can.
 
@@ -101,6 +128,7 @@ def find_recovery(
         load: As given to --load.
         ckpt_step: As given to --ckpt-step: then the tracker need only be readable.
         allow_fresh_start: Whether a run may start anew where no step is whole.
+        compared: Keys whose contents are read and compared with their checksums.
 
     Returns:
         None if all is well, or nothing was ever saved there.
@@ -109,11 +137,11 @@ def find_recovery(
         ValueError: If no step is whole though a save was completed.
     """
     tracker = load / TRACKER
-    torn = _find_torn(load, ckpt_step)
+    torn = _find_torn(load, ckpt_step, compared)
     if not torn:
         return None
     for step in reversed(list_steps(load)):
-        if not find_step_damage(load / STEP_FOLDER.format(step=step)):
+        if not find_step_damage(load / STEP_FOLDER.format(step=step), compared):
             return Recovery(torn, step)
     if not tracker.exists() or allow_fresh_start:
         return Recovery(torn, None)
@@ -136,7 +164,7 @@ def check_fresh_start(args: Namespace) -> None:
     if args.load is None or args.allow_fresh_start:
         return
     load = Path(args.load)
-    own = args.save is not None and load.resolve() == Path(args.save).resolve()
+    own = _is_saved_to(args, load)
     held = sorted(path.name for path in load.iterdir()) if load.is_dir() else []
     if (load / ".metadata").is_file() or (load / "metadata.json").is_file():
         step = f" --ckpt-step {int(load.name[5:])}" if load.name[5:].isdecimal() else ""
@@ -164,6 +192,10 @@ def check_fresh_start(args: Namespace) -> None:
     )
 
 
+def _is_saved_to(args: Namespace, load: Path) -> bool:
+    return args.save is not None and load.resolve() == Path(args.save).resolve()
+
+
 def find_start(load: Path) -> int:
     """The step that a run goes on from; 0 if there is none, or none is whole."""
     try:
@@ -176,7 +208,7 @@ def find_start(load: Path) -> int:
     return int(named) if named.isdecimal() else 0
 
 
-def _find_torn(load: Path, ckpt_step: int | None) -> str:
+def _find_torn(load: Path, ckpt_step: int | None, compared: Keys) -> str:
     """What keeps Megatron from loading what the tracker names, a phrase; "" if nothing does."""
     tracker = load / TRACKER
     if not tracker.exists():
@@ -191,12 +223,12 @@ def _find_torn(load: Path, ckpt_step: int | None) -> str:
     if ckpt_step:
         return ""
     folder = load / (named if named == RELEASE else STEP_FOLDER.format(step=int(named)))
-    return find_step_damage(folder)
+    return find_step_damage(folder, compared)
 
 
-def _check_step(load: Path, step: int) -> None:
+def _check_step(load: Path, step: int, compared: Keys) -> None:
     folder = load / STEP_FOLDER.format(step=step)
-    if damage := find_step_damage(folder):
+    if damage := find_step_damage(folder, compared):
         others = [str(n) for n in list_steps(load) if n != step]
         raise ValueError(
             f"ckpt_step ({step}) must be a whole step of load ({load}): {damage}. Use another of "
@@ -204,8 +236,13 @@ def _check_step(load: Path, step: int) -> None:
         )
 
 
-def find_step_damage(folder: Path) -> str:
-    """Says in a phrase what is missing of a saved step, the optimizer's state included; or ""."""
+def find_step_damage(folder: Path, compared: Keys = everything) -> str:
+    """Says in a phrase what of a saved step is missing, or is not as it was written; or "".
+
+    Args:
+        folder: Of the step; the optimizer's state is part of it.
+        compared: Keys whose contents are read and compared with their checksums.
+    """
     if any(folder.glob("mp_rank_*")):
         return ""  # of a format without such lists, which is told later
     if not folder.is_dir():
@@ -221,4 +258,7 @@ def find_step_damage(folder: Path) -> str:
         metadata = FileSystemReader(folder).read_metadata()
     except Exception:  # a cut-off pickle may raise anything
         return f"{folder / '.metadata'} is cut short"
-    return next(iter(find_damage(folder, metadata)), "")
+    damage = find_damage(folder, metadata)
+    if not damage:
+        damage = find_changed_lists(folder) or find_changed_pieces(folder, metadata, compared)
+    return damage[0] if damage else ""
