@@ -64,13 +64,14 @@ from megatron_satformer.checkpoint.hugging_face.tokenizer_source import own_toke
 from megatron_satformer.checkpoint.megatron import saving
 from megatron_satformer.checkpoint.megatron.recovery import recover
 from megatron_satformer.checkpoint.megatron.resume import check_resume, hand_on
-from megatron_satformer.checkpoint.megatron.save_folder import check_room, claim
+from megatron_satformer.checkpoint.megatron.room import check_room
 from megatron_satformer.checkpoint.megatron.source import starts_from_transformer
 from megatron_satformer.checkpoint.megatron.training_data import describe_data
 from megatron_satformer.cli import usage_errors
 from megatron_satformer.data.tokenizers.exportable import export_warning
 from megatron_satformer.data.training import index_cache, preflight
 from megatron_satformer.data.training.samples import planned_samples
+from megatron_satformer.files.run_lock import claim
 from megatron_satformer.layout import check_layout
 from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.builder import DecoderModelConfig, build_layer_spec

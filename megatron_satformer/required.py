@@ -75,6 +75,7 @@ def check_required(preview: Namespace) -> None:
             f"save ({preview.save}) must come with save_interval (None), the steps between two "
             "checkpoints. Add --save-interval."
         )
+    _check_keep_last(preview)
     if preview.log_progress and preview.save is None:
         raise ValueError(
             "log_progress (True) must come with save (None), the folder of its file. Add --save."
@@ -128,6 +129,21 @@ def _check_wandb(preview: Namespace) -> None:
         raise ValueError(
             f"wandb_project ({preview.wandb_project}) needs the package wandb, which is not "
             "installed. Install it (pip install wandb), or leave --wandb-project out."
+        )
+
+
+def _check_keep_last(preview: Namespace) -> None:
+    if preview.keep_last is None:
+        return
+    asked = f"keep_last ({preview.keep_last})"
+    if preview.save is None:
+        raise ValueError(
+            f"{asked} must come with save (None), the folder of the steps. Add --save."
+        )
+    if preview.ckpt_format != "torch_dist" or "://" in preview.save:
+        raise ValueError(
+            f"{asked} must come with ckpt_format (torch_dist), not ({preview.ckpt_format}), and a "
+            f"save ({preview.save}) on a file system. Leave it out, or use --save-retain-interval."
         )
 
 

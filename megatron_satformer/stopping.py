@@ -5,6 +5,9 @@ tell each other of it after every step. Here SIGUSR2, which batch systems send a
 limit, and a file count as well. Must not know: models, checkpoints.
 """
 
+import contextlib
+import ctypes
+import os
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 from megatron.training import get_args, get_signal_handler
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -24,6 +28,14 @@ def activate(args: Namespace) -> None:
     """
     if args.exit_signal_handler:
         _Stop(get_signal_handler(), args)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_torchrun()
+
+
+def _end_with_torchrun() -> None:
+    """SIGTERM to this rank when torchrun is gone: a signal it knows nothing of ends it alone."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class _Stop:

@@ -19,6 +19,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from typing import NoReturn
@@ -139,6 +140,9 @@ def _run(job: dict) -> NoReturn:
         writer.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    for thread in threading.enumerate():  # as the interpreter does: old steps are being removed
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
     multiprocessing.util._exit_function()  # ends what Megatron's save has started
     os._exit(code)  # tearing down a process this large takes two seconds
 

@@ -36,10 +36,15 @@ class _SummedStream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.crc32 = 0
+        self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
         self.crc32 = zlib.crc32(content, self.crc32)
-        return self._stream.write(content)
+        try:
+            return self._stream.write(content)
+        except OSError as error:
+            self.failure = error  # torch makes an error of its own of it, without its reason
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -90,7 +95,10 @@ def _write_file(results: _Results, *args: Any, **options: Any) -> Any:
 @wraps(_plain_write_item)  # Megatron looks at its signature
 def _write_item(transforms: Any, stream: Any, *args: Any, **options: Any) -> Any:
     summed = _SummedStream(stream)
-    written = _plain_write_item(transforms, summed, *args, **options)
+    try:
+        written = _plain_write_item(transforms, summed, *args, **options)
+    except Exception as error:
+        raise summed.failure or error from None
     written.storage_data.crc32 = summed.crc32
     return written
 

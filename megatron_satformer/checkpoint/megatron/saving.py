@@ -8,6 +8,7 @@ before it as they are. All of it hangs on three names of Megatron's: `save_check
 """
 
 import io
+import queue
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, training
+from megatron.training.async_utils import is_empty_async_queue
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_satformer.checkpoint.megatron import recording
@@ -42,14 +45,20 @@ def activate(args: Namespace, telling: Callable[[], AbstractContextManager[None]
             step besides.
         telling: Makes one line of an error that is raised in it, and ends the process.
     """
-    if args.save is None or args.ckpt_format != "torch_dist" or "://" in args.save:
+    if args.save is None or "://" in args.save:
         return
-    recording.activate()
     saves = _Saves(args, telling)
+    checkpointing.maybe_msc = _Files(saves.settle)
+    if args.ckpt_format != "torch_dist":
+        return
     args.save_retain_interval = None
     training.save_checkpoint = saves.save
     training.maybe_finalize_async_save = saves.finalize
-    checkpointing.maybe_msc = _Files(saves.settle)
+    recording.activate()
+    if not args.async_save:
+        # Of processes, Megatron's takes seconds to start and outlives a kill; here one thread fills
+        # it and another reads.
+        filesystem_async._results_queue = queue.Queue()
 
 
 class _Saves:
@@ -59,10 +68,11 @@ class _Saves:
         self, args: Namespace, telling: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.args, self.first = args, args.rank == 0
-        self.every = args.save_retain_interval
+        own = args.ckpt_format == "torch_dist"  # of another, Megatron removes old steps itself
+        self.every = args.save_retain_interval if own else None
         self.keep_last = args.keep_last or (1 if self.every else None)
         self.telling = telling
-        self.step: int | None = None  # that is being written
+        self.written: list[int] = []  # steps that no tracker names yet; several with --async-save
         self.removal: threading.Thread | None = None
 
     @property
@@ -74,7 +84,7 @@ class _Saves:
         """In place of Megatron's save_checkpoint."""
         with self._failures():
             if self.args.ckpt_format == "torch_dist" and not options.get("non_persistent_ckpt"):
-                self.step = iteration
+                self.written.append(iteration)
                 if self.first:
                     make_room(self.folder / STEP_FOLDER.format(step=iteration))
                 torch.distributed.barrier()  # before a rank writes into it
@@ -89,6 +99,7 @@ class _Saves:
         """What is to be done, on rank 0, when the tracker names a step."""
         if load != self.folder or not named.isdecimal():
             return
+        self.written = [step for step in self.written if step > int(named)]
         drop_replaced(load / STEP_FOLDER.format(step=int(named)))
         if self.keep_last is None:
             return
@@ -106,15 +117,17 @@ class _Saves:
         except (CheckpointException, OSError) as error:
             why = _cause(error)
         else:
+            if is_empty_async_queue():
+                self.written.clear()
             return
-        step = self.folder / STEP_FOLDER.format(step=self.step or 0)
-        if self.first and self.step is not None:
-            remove_step(step)  # no use, and in the way on a full disk
+        failed = f" of step {self.written[0]}" if self.written else ""
+        if self.first:  # what is there of it is no use, and in the way on a full disk
+            _remove_steps([self.folder / STEP_FOLDER.format(step=step) for step in self.written])
         with self.telling():
             raise OSError(
-                f"save ({self.folder}) must take the checkpoint of step {self.step}, and cannot: "
-                f"{why}. {_what_is_left(self.folder)} Mend that, and start again; where "
-                "the disk is full, --keep-last N keeps fewer steps."
+                f"save ({self.folder}) must take the checkpoint{failed}, and cannot: {why}. "
+                f"{_what_is_left(self.folder)} Mend that, and start again; where the disk is full, "
+                "--keep-last N keeps fewer steps."
             )
 
 

@@ -1,13 +1,16 @@
 """A torn step is passed over for the newest whole one, never removed and never in silence."""
 
+import json
 import os
+import pickle
 import re
 from argparse import Namespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 
+from megatron_satformer.checkpoint.megatron.checksums import CHECKSUMS, LISTS, sum_bytes
 from megatron_satformer.checkpoint.megatron.reader import TRACKER
 from megatron_satformer.checkpoint.megatron.recovery import (
     Recovery,
@@ -17,6 +20,7 @@ from megatron_satformer.checkpoint.megatron.recovery import (
     find_step_damage,
     recover,
 )
+from megatron_satformer.checkpoint.megatron.retention import make_room
 from tests.small import PP2, SHAPE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -41,7 +45,7 @@ def load(tmp_path):
 def options(load, rank=0, **others):
     given = {"ckpt_format": "torch_dist", "ckpt_step": None}
     given |= {"use_checkpoint_args": False, "from_transformer": False}
-    given |= {"allow_fresh_start": False, "save": None}
+    given |= {"allow_fresh_start": False, "save": None, "verify_checkpoint": True}
     return Namespace(load=str(load), rank=rank, **given | others)
 
 
@@ -209,6 +213,62 @@ def test_the_step_that_a_run_goes_on_from(load):
     assert find_start(load) == 0
     (load / TRACKER).unlink()
     assert find_start(load) == 0
+
+
+def give_checksums(folder):
+    """As `recording` takes them while Megatron writes."""
+    metadata = FileSystemReader(folder).read_metadata()
+    for place in metadata.storage_data.values():
+        place.crc32 = sum_bytes(folder / place.relative_path, place.offset, place.length)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    sums = {name: sum_bytes(folder / name) for name in LISTS}
+    (folder / CHECKSUMS).write_text(json.dumps({"crc32": sums}))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_bit_that_flipped_is_found_by_its_checksum(load, capsys):
+    for step in (10, 20, 30):
+        give_checksums(load / f"iter_00000{step}")
+    assert find_recovery(load) is None
+    flip_a_bit(load / "iter_0000030" / "metadata.json")
+    assert "metadata.json is not as it was written" in find_recovery(load).torn
+    file = weights(load / "iter_0000020")
+    flip_a_bit(file)
+    with pytest.raises(ValueError, match=rf"ckpt_step \(20\) must be .*{file} is not as it was"):
+        recover(options(load, ckpt_step=20))
+    recover(options(load, ckpt_step=20, verify_checkpoint=False))
+    recover(options(load))
+    assert (load / TRACKER).read_text() == "10"
+    assert "now names step 10, the newest whole one" in capsys.readouterr().out
+
+
+def test_a_rank_that_waits_reads_only_the_arguments(load, monkeypatch):
+    """Those are all that it takes from the step so early."""
+    give_checksums(load / "iter_0000030")
+    flip_a_bit(weights(load / "iter_0000030"))
+    monkeypatch.setattr("megatron_satformer.checkpoint.megatron.recovery.time.sleep", pytest.fail)
+    recover(options(load, rank=1, use_checkpoint_args=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_that_was_being_replaced_is_put_back(load, capsys, whole):
+    old = tree(load / "iter_0000030")
+    make_room(load / "iter_0000030")
+    (load / "iter_0000030").mkdir()
+    if whole:
+        (load / "iter_0000030" / "metadata.json").write_text("{}")
+    recover(options(load, save="elsewhere"))
+    assert (tree(load / "iter_0000030") == old) is False, "a folder that others save to is theirs"
+    (load / TRACKER).write_text("30")
+    recover(options(load, save=str(load)))
+    assert (tree(load / "iter_0000030") == old) is not whole
+    assert ("iter_0000030 was being written anew" in capsys.readouterr().out) is not whole
+    assert not list(load.glob(".*.replaced"))
 
 
 def test_another_format_is_told_later(load):
