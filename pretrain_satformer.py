@@ -365,7 +365,7 @@ def configure() -> tuple[Any, DecoderModelConfig, tuple[schedule.Continuation | 
         cuda = choose_device(preview.device)
         refusals.check_arguments(preview, cuda)
         check_layout(preview)
-        if preview.rank == 0:
+        if preview.rank == 0 and not preview.skip_train:
             claim(preview.save)
         recover(preview)  # before anything reads what --load holds
         defaults = arguments.resolve_defaults(preview, cuda)

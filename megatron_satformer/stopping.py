@@ -56,9 +56,12 @@ class _Stop:
         """In place of DistributedSignalHandler's: called after every step, on all ranks."""
         # One rank looks: a file system in a network would be asked by thousands.
         if self.first and self.trigger is not None and self.trigger.exists():
-            self.why = str(self.trigger)
+            self.why = f"exit_trigger_file ({self.trigger})"
             self.handler._signal_received = True
-            self.trigger.unlink()
+            try:
+                self.trigger.unlink()
+            except OSError as error:  # alone on this rank it would leave the others waiting
+                self.why += f", which is to be removed before the next start ({error.strerror})"
         received = self._plain()
         if self.first and any(received):
             args = get_args()

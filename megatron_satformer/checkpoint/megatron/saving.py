@@ -167,8 +167,8 @@ class _Files:
         content = io.StringIO()
         yield content
         named = content.getvalue()
-        if named.isdecimal() and (step := tracker.parent / STEP_FOLDER.format(step=int(named))):
-            sync(step)
+        if named.isdecimal():
+            sync(tracker.parent / STEP_FOLDER.format(step=int(named)))
             sync(tracker.parent)
         write_atomically(tracker, named.encode())
         self._settle(tracker.parent, named)

@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_satformer.checkpoint.megatron.reader import TRACKER, list_steps
 from megatron_satformer.checkpoint.megatron.recovery import find_recovery, find_step_damage
@@ -46,9 +47,8 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("extra", ["", pytest.param(ASYNC, marks=SLOW)])
-def test_old_steps_go_and_a_changed_one_is_passed_over(train, folder, extra):
-    flags = f"--train-iters 8 --save-interval 1 --keep-last 2 --save-retain-interval 3 {extra}"
+def test_old_steps_go_and_a_changed_one_is_passed_over(train, folder):
+    flags = "--train-iters 8 --save-interval 1 --keep-last 2 --save-retain-interval 3"
     train(1, flags)
     straight = losses(folder)
     assert list_steps(folder) == [3, 6, 7, 8]
@@ -76,7 +76,7 @@ def test_what_ends_a_run_saves_it(train, folder, tmp_path):
     for step, extra, event, told in (
         (2, "--exit-signal-handler", "SIGTERM", "a signal to rank 1"),
         (4, "--exit-signal-handler", "SIGUSR2", "a signal to rank 1"),
-        (6, f"--exit-trigger-file {stop}", f"touch {stop}", str(stop)),
+        (6, f"--exit-trigger-file {stop}", f"touch {stop}", f"exit_trigger_file ({stop})"),
         (8, "--exit-duration-in-mins 30", "minutes", "exiting program after "),
     ):
         run = train(2, f"{flags} {extra}", step, event)
@@ -90,21 +90,23 @@ def test_what_ends_a_run_saves_it(train, folder, tmp_path):
 @SLOW
 @pytest.mark.parametrize("extra", ["", ASYNC])
 def test_a_full_disk_leaves_the_step_before(train, folder, tmp_path, extra):
-    flags = f"--train-iters 6 --save-interval 2 {PP2} {DO} {extra}"
+    flags = f"--train-iters 6 --save-interval 1 --keep-last 1 {PP2} {DO}"
     train(2, flags, folder="straight")
-    run = train(2, flags, 3, "full 400000", code=2)
+    run = train(2, f"{flags} {extra}", 4, "full 400000", code=2)
     [told] = re.findall(r"^error: .*", run.output, re.MULTILINE)
     place = folder / "iter_0000004" / "__1_0.distcp"
     assert f"save ({folder}) must take the checkpoint of step 4, and cannot: " in told
-    assert f"{place}: File too large (rank 1). That of step 2 is as it was." in told
-    assert list_steps(folder) == [2]
+    assert f"{place}: File too large (rank 1). That of step 3 is as it was." in told
+    assert list_steps(folder) == [3]
     assert find_recovery(folder) is None
+    pieces = FileSystemReader(folder / "iter_0000003").read_metadata().storage_data.values()
+    assert all(hasattr(place, "crc32") for place in pieces)
     train(2, flags)
     assert losses(folder) == losses(tmp_path / "straight")
 
 
 @SLOW
-def test_killed_at_random_while_it_saves(train, zygote, folder, tmp_path):
+def test_killed_at_random_while_it_saves(train, folder, tmp_path):
     """Every start loads what the kill before it has left, and old steps go all the while."""
     steps = 400
     flags = f"--train-iters {steps} --save-interval 1 --keep-last 2"
@@ -115,9 +117,8 @@ def test_killed_at_random_while_it_saves(train, zygote, folder, tmp_path):
         run = train(1, flags, reached + 1, f"kill {seed}-{kill}", code=-9)
         found = find_recovery(folder)
         named = int((folder / TRACKER).read_text()) if found is None else found.step
-        assert named, found
         assert f"loaded checkpoint from {folder}" in re.sub(r"\s+", " ", run.output) or kill == 0
-        assert named >= reached - 1, "work that was saved is lost"
+        assert named >= reached, "what was saved is lost"
         reached = named
     train(1, f"{flags} --exit-interval {reached + 2}")
     straight = f"--train-iters {steps} --save-interval 1000 --exit-interval {reached + 2}"
