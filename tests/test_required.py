@@ -39,7 +39,7 @@ GIVEN = {
     "--save /nowhere": "save (/nowhere) must come with save_interval (None)",
     "--keep-last 2": "keep_last (2) must come with save (None), the folder of the steps.",
     "--save /nowhere --save-interval 2 --keep-last 0": "keep_last (0) must be at least 1.",
-    "--save /nowhere --save-interval 2 --keep-last 2 --ckpt-format torch": "keep_last (2) must come "
+    "--save /no --save-interval 2 --keep-last 2 --ckpt-format torch": "keep_last (2) must come "
     "with ckpt_format (torch_dist), not (torch)",
     "--log-progress": "log_progress (True) must come with save (None)",
     "--tokenizer-type NullTokenizer": "vocab_size (None) must be given: tokenizer_type (NullTo",
