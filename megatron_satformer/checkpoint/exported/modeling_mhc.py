@@ -28,7 +28,7 @@ from .modeling_decoder import (
     DecoderPreTrainedModel,
 )
 
-EPS = 1e-6  # of Sinkhorn's rounds
+EPS = 1e-6  # the least of softmax, from which Sinkhorn's rounds go on
 
 
 def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,10 +67,10 @@ class MHCConnection(nn.Module):
         logits = alpha * project_normed(streams, self.mapping_proj.weight, self.eps)
         pre, post, res = (logits + self.bias.float()).split(counts, dim=-1)
         matrix = res.unflatten(-1, (n, n)).softmax(-1) + EPS
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + EPS)
+        matrix = matrix / matrix.sum(-2, keepdim=True)
         for _ in range(self.rounds - 1):
-            matrix = matrix / (matrix.sum(-1, keepdim=True) + EPS)
-            matrix = matrix / (matrix.sum(-2, keepdim=True) + EPS)
+            matrix = matrix / matrix.sum(-1, keepdim=True)
+            matrix = matrix / matrix.sum(-2, keepdim=True)
         matrix = matrix if self.plain else matrix.transpose(-1, -2)
         wide = streams.float()
         read = (pre.sigmoid().unsqueeze(-2) @ wide).squeeze(-2)

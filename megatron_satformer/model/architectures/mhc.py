@@ -51,7 +51,7 @@ from megatron_satformer.model.architectures.hyperconnections import (
 from megatron_satformer.model.architectures.record import Architecture, OwnTensor
 from megatron_satformer.model.mixing import mix, products
 
-EPS = 1e-6  # of Sinkhorn's rounds, as in DeepSeek's kernels and Megatron-LM
+EPS = 1e-6  # the least of softmax, from which Sinkhorn's rounds go on
 
 
 @dataclass
@@ -106,6 +106,9 @@ class MHCConfig(DecoderConfig, MHCOptions):
 def sinkhorn(logits: Tensor, rounds: int) -> Tensor:
     """exp(logits) with rows and columns divided by their sums in turn, columns last.
 
+    The least entry is that of DeepSeek's kernels and Megatron-LM; what they add to the sums is left
+    out, so that the mean of the streams is kept, and leads to the same matrix.
+
     Args:
         logits: [..., n, n], float32 at least.
         rounds: how often both.
@@ -116,10 +119,10 @@ def sinkhorn(logits: Tensor, rounds: int) -> Tensor:
     # tokens on the last axis: sums over four numbers each are slow
     matrices = logits.flatten(0, -3).movedim(0, -1).contiguous()
     matrices = matrices.softmax(1) + EPS
-    matrices = matrices / (matrices.sum(0, keepdim=True) + EPS)
+    matrices = matrices / matrices.sum(0, keepdim=True)
     for _ in range(rounds - 1):
-        matrices = matrices / (matrices.sum(1, keepdim=True) + EPS)
-        matrices = matrices / (matrices.sum(0, keepdim=True) + EPS)
+        matrices = matrices / matrices.sum(1, keepdim=True)
+        matrices = matrices / matrices.sum(0, keepdim=True)
     return matrices.movedim(-1, 0).view(logits.shape)
 
 

@@ -27,7 +27,7 @@ from megatron_satformer.model.reference.decoder import (
     TwinConfig,
 )
 
-EPS = 1e-6  # of Sinkhorn's rounds
+EPS = 1e-6  # the least of softmax, from which Sinkhorn's rounds go on
 
 
 @dataclass
@@ -49,10 +49,10 @@ def normed(streams: Tensor, eps: float) -> Tensor:
 def sinkhorn(logits: Tensor, rounds: int) -> Tensor:
     """exp(logits) [..., n, n], its rows and then its columns divided by their sums."""
     matrix = logits.softmax(-1) + EPS
-    matrix = matrix / (matrix.sum(-2, keepdim=True) + EPS)
+    matrix = matrix / matrix.sum(-2, keepdim=True)
     for _ in range(rounds - 1):
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + EPS)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + EPS)
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+        matrix = matrix / matrix.sum(-2, keepdim=True)
     return matrix
 
 
@@ -130,6 +130,9 @@ class MHC(Decoder):
         super().__init__(config)
         if config.mhc_collapse == "head":
             self.model.hc_head = Head(config)
+        for module in self.modules():
+            if isinstance(module, Connection):
+                nn.init.xavier_uniform_(module.mapping_proj.weight)
 
     def finish(self, x: Tensor, carried: Carried) -> Tensor:
         """The streams made one."""
