@@ -128,13 +128,12 @@ class ValueEmbeddingAttention(HistoryAttention):
         heads, hn = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         table = self._parameter(rows, heads * hn)  # [vocabulary, kv/tp]
         gate = self._parameter(heads, gate_channels(self.config))  # [ng/tp, 12]
-        with torch.no_grad(), get_cuda_rng_tracker().fork():
-            if self.config.perform_initialization:
-                bound = (3 / self.config.hidden_size) ** 0.5
-                table.uniform_(-bound, bound)
+        if self.config.perform_initialization:
+            bound = (3 / self.config.hidden_size) ** 0.5
+            with torch.no_grad(), get_cuda_rng_tracker().fork():
+                if self.config.value_embedding_init == "uniform":
+                    table.uniform_(-bound, bound)
                 gate.uniform_(0.0, GATE_INIT)
-            if self.config.value_embedding_init == "zero":
-                table.zero_()
         table.is_embedding_or_output_parameter = True  # no matrix to orthogonalise
         for parameter, axis in ((table, 1), (gate, 0)):
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
@@ -159,7 +158,8 @@ class ValueEmbeddingAttention(HistoryAttention):
         if self.has_table:
             (ids,) = self.history
             read = F.embedding(ids, self.value_embedding).transpose(0, 1)  # [s, b, kv/tp]
-            logits = F.linear(self._gate_input(hidden_states), self.value_embedding_gate)
+            read_by_gate = self._gate_input(hidden_states).to(self.value_embedding_gate.dtype)
+            logits = F.linear(read_by_gate, self.value_embedding_gate)
             gate = GATE_MOST * torch.sigmoid(logits)  # [s, b, ng/tp], (0, 3)
             value = torch.addcmul(value, gate.unsqueeze(-1), read.unflatten(2, value.shape[2:]))
         return query, key, value, *rest
@@ -171,7 +171,7 @@ class ValueEmbeddingAttention(HistoryAttention):
         if norm is not None:  # Transformer Engine's linear_qkv norms its input itself
             square = hidden_states.float().square().mean(-1, keepdim=True)
             first = first * torch.rsqrt(square + self.config.layernorm_epsilon)
-            first = (first * norm[: first.size(-1)]).to(hidden_states.dtype)
+            first = first * norm[: first.size(-1)]
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 first.contiguous(), group=self.pg_collection.tp
@@ -291,6 +291,7 @@ VALUE_EMBEDDINGS = Architecture(
         Row("cuda_graph_impl", "token ids would have to be a static buffer", ("none",)),
         Row("use_megatron_fsdp use_torch_fsdp2", "it has not been tried with its tables"),
         Row("normalization", "its gates read the norm's output", ("RMSNorm",)),
+        Row("apply_layernorm_1p layernorm_zero_centered_gamma", "its gates read the norm's output"),
     ),
     parameter_groups=table_group,
     from_transformer=None,
