@@ -84,10 +84,10 @@ class _OfHeads(MegatronModule):
         values = torch.zeros(shape, device=device, dtype=config.params_dtype)
         parameter: Any = torch.nn.Parameter(values)
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        with torch.no_grad(), get_cuda_rng_tracker().fork():
-            if fill is not None:
-                parameter.fill_(fill)
-            elif config.perform_initialization:
+        if fill is not None:
+            torch.nn.init.constant_(parameter, fill)
+        elif config.perform_initialization:
+            with get_cuda_rng_tracker().fork():
                 config.init_method(parameter)
         self.register_parameter(name, parameter)
 

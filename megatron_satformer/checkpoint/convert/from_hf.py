@@ -224,11 +224,17 @@ def _plan(folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Ite
 
 def _find_shape(name: Name, folder: HFFolder, config: Any, padded: int) -> tuple[int, ...]:
     if name.hf[0] not in folder.tensors:
-        assert name.own is not None, name
-        return name.own.shape
+        return _start_shape(name, padded)
     shapes = [folder.tensors[part].shape for part in name.hf]
     rows = padded if name.packing == "vocabulary" else sum(shape[0] for shape in shapes)
     return (rows, *shapes[0][1:])
+
+
+def _start_shape(name: Name, padded: int) -> tuple[int, ...]:
+    """Of what the folder does not have."""
+    assert name.own is not None, name
+    shape = name.own.shape
+    return (padded, *shape[1:]) if name.packing == "vocabulary" else shape
 
 
 def _build(name: Name, folder: HFFolder, config: Any, dtype: torch.dtype, padded: int) -> Tensor:
@@ -236,7 +242,7 @@ def _build(name: Name, folder: HFFolder, config: Any, dtype: torch.dtype, padded
         assert name.own is not None, name
         if name.own.like is not None:
             return folder.read(name.own.like, dtype)
-        return name.own.start(name.own.shape).to(dtype)
+        return name.own.start(_start_shape(name, padded)).to(dtype)
     parts = {part: folder.read(part, dtype) for part in name.hf}
     return convert_to_megatron(name, parts, config, padded)
 

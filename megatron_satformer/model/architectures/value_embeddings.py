@@ -128,13 +128,12 @@ class ValueEmbeddingAttention(HistoryAttention):
         heads, hn = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         table = self._parameter(rows, heads * hn)  # [vocabulary, kv/tp]
         gate = self._parameter(heads, gate_channels(self.config))  # [ng/tp, 12]
-        with torch.no_grad(), get_cuda_rng_tracker().fork():
-            if self.config.perform_initialization:
-                bound = (3 / self.config.hidden_size) ** 0.5
-                table.uniform_(-bound, bound)
+        if self.config.perform_initialization:
+            bound = (3 / self.config.hidden_size) ** 0.5
+            with torch.no_grad(), get_cuda_rng_tracker().fork():
+                if self.config.value_embedding_init == "uniform":
+                    table.uniform_(-bound, bound)
                 gate.uniform_(0.0, GATE_INIT)
-            if self.config.value_embedding_init == "zero":
-                table.zero_()
         table.is_embedding_or_output_parameter = True  # no matrix to orthogonalise
         for parameter, axis in ((table, 1), (gate, 0)):
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)

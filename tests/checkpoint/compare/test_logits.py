@@ -35,6 +35,12 @@ MODELS = build_cases(
     {"num_key_value_heads": 4, "value_residual_last_k": 2, "rope_theta": 50.0},
     {"value_gate": "softmax_sigmoid", "rms_norm_eps": 0.1},
     {"value_gate": "tanh", "value_gate_bias": True, "tie_word_embeddings": False},
+    {"value_gate": "lerp_channels"},
+    {"value_gate": "constant"},
+    {"value_gate": "softplus", "value_gate_offset": 1.0},
+    {"resformer_form": "learnable"},
+    {"resformer_form": "sparse", "value_residual_last_k": 2},
+    {"depth_attention_stride": 1},
     {"mean_scale": 0.5},
 )
 

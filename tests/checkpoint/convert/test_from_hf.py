@@ -251,12 +251,13 @@ def test_the_start_computes_the_transformer_and_learns(run, qwen, tmp_path, arch
         for _, t in find_architecture(architecture).all_tensors(config)
     }
     assert own
-    assert all(torch.equal(stored[key], start) for key, start in own.items())
+    # beside rows that pad a vocabulary
+    assert all(torch.equal(stored[key][: len(start)], start) for key, start in own.items())
     # a release is no finished run: --load goes on from it without --finetune too, and saves there
     run(1, made, "--load", tmp_path / "start", "--save", tmp_path / "start", "--train-iters", 4)
     assert open_checkpoint(tmp_path / "start").step == 4
     stored = read_layers(tmp_path / "start")
-    learnt = [(stored[key] - start).abs() for key, start in own.items()]
+    learnt = [(stored[key][: len(start)] - start).abs() for key, start in own.items()]
     assert all(tensor.any() for tensor in learnt)
     # the steps of a single number may undo each other
     assert all(tensor.max() > 1e-3 for tensor in learnt if tensor.numel() > 1)

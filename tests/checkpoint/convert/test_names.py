@@ -50,7 +50,8 @@ def test_round_trip_is_exact(architecture, options):
     back = {}
     for name in iterate_names(config):
         tensor = convert_to_megatron(name, state, config, padded_vocab_size=64)
-        assert name.own is None or name.own.shape == tuple(tensor.shape), name
+        rows = 50 if name.packing == "vocabulary" else len(tensor)  # the rest is padding
+        assert name.own is None or name.own.shape == (rows, *tensor.shape[1:]), name
         pieces = convert_to_hf(name, tensor, config)
         assert not set(back) & set(pieces)
         back |= pieces

@@ -37,6 +37,11 @@ def test_zero_gate_equals_transformer(on_ranks):
     on_ranks(1, f"{RANKS}:zero_gate_is_transformer")
 
 
+def test_constant_gates_start_as_a_transformer(on_ranks):
+    options = {"architecture": "satformer", "value_gate": "constant"}
+    on_ranks(1, f"{RANKS}:starts_as_a_transformer", options)
+
+
 def test_gate_init_std(on_ranks):
     on_ranks(1, f"{RANKS}:gate_init_std", 0.5)
 
