@@ -158,7 +158,8 @@ class ValueEmbeddingAttention(HistoryAttention):
         if self.has_table:
             (ids,) = self.history
             read = F.embedding(ids, self.value_embedding).transpose(0, 1)  # [s, b, kv/tp]
-            logits = F.linear(self._gate_input(hidden_states), self.value_embedding_gate)
+            read_by_gate = self._gate_input(hidden_states).to(self.value_embedding_gate.dtype)
+            logits = F.linear(read_by_gate, self.value_embedding_gate)
             gate = GATE_MOST * torch.sigmoid(logits)  # [s, b, ng/tp], (0, 3)
             value = torch.addcmul(value, gate.unsqueeze(-1), read.unflatten(2, value.shape[2:]))
         return query, key, value, *rest
@@ -170,7 +171,7 @@ class ValueEmbeddingAttention(HistoryAttention):
         if norm is not None:  # Transformer Engine's linear_qkv norms its input itself
             square = hidden_states.float().square().mean(-1, keepdim=True)
             first = first * torch.rsqrt(square + self.config.layernorm_epsilon)
-            first = (first * norm[: first.size(-1)]).to(hidden_states.dtype)
+            first = first * norm[: first.size(-1)]
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 first.contiguous(), group=self.pg_collection.tp
@@ -290,6 +291,7 @@ VALUE_EMBEDDINGS = Architecture(
         Row("cuda_graph_impl", "token ids would have to be a static buffer", ("none",)),
         Row("use_megatron_fsdp use_torch_fsdp2", "it has not been tried with its tables"),
         Row("normalization", "its gates read the norm's output", ("RMSNorm",)),
+        Row("apply_layernorm_1p layernorm_zero_centered_gamma", "its gates read the norm's output"),
     ),
     parameter_groups=table_group,
     from_transformer=None,
