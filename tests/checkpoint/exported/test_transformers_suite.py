@@ -32,6 +32,10 @@ DIFFERENT = {
     "value_embeddings": dict.fromkeys(
         ("test_tp_forward_0", "test_tp_forward_1", "test_tp_generation", "test_tp_backward"),
         "refused: a rank has its heads' values alone",
+    )
+    | dict.fromkeys(
+        ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids"),
+        "refused: tables are read at the ids",
     ),
 }
 
