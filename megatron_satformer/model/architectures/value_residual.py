@@ -84,7 +84,7 @@ def refuse_beside_replicas(options: Any) -> None:
     Raises:
         ValueError: naming the option and the way out.
     """
-    if options.v1_transport != "recompute":
+    if getattr(options, "v1_transport", "carry") != "recompute":
         return
     for option, values, why in _NOT_FROM_IDS:
         value = getattr(options, option, values[0])
@@ -113,6 +113,16 @@ def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
             f"num_query_groups ({groups}) must be a multiple of tensor_model_parallel_size "
             f"({tp}): {carried} sharded by KV head. Use TP {' or '.join(sizes)}."
         )
+
+
+def replica_defaults(preview: Any) -> dict[str, Any]:
+    """Defaults of other flags where replicas have small buckets of their own.
+
+    Some data-parallel ranks hold padding of such alone: Megatron's other format of the distributed
+    optimizer's state dies of that at the first save.
+    """
+    small = preview.v1_transport == "recompute" and preview.use_distributed_optimizer
+    return {"dist_ckpt_optim_fully_reshardable": True} if small else {}
 
 
 @dataclass
