@@ -21,5 +21,4 @@ def test_bytes_kept_for_backward():
     plain, ours = figures["measured"]
     rows = 2 * 16 + 64  # gate rows of two layers, padded, and one V1
     assert (ours["saved_mib"] - plain["saved_mib"]) * 2**20 == 4 * 32 * 2 * rows
-    assert ours["forward_ms"] + ours["backward_ms"] <= ours["max_ms"] + ours["median_ms"]
     assert "saved MiB" in format_table(figures)

@@ -9,7 +9,7 @@ from tests.parallel.layouts import FROM_IDS, MIXING, OPTIMIZER, PP2, VIRTUAL
 from tests.small import RTOL
 
 STAGES = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "pipeline_dtype": None}
-STAGES |= {"pipeline_model_parallel_size": 4, "transformer_impl": "local"}
+STAGES |= {"pipeline_model_parallel_size": 4, "transformer_impl": "local", "hidden_dropout": 0.0}
 
 
 def keys(folder, step):

@@ -84,7 +84,7 @@ def refuse_beside_replicas(options: Any) -> None:
     Raises:
         ValueError: naming the option and the way out.
     """
-    if options.v1_transport != "recompute":
+    if getattr(options, "v1_transport", "carry") != "recompute":
         return
     for option, values, why in _NOT_FROM_IDS:
         value = getattr(options, option, values[0])

@@ -1,6 +1,11 @@
+from argparse import Namespace
+
 import pytest
 
-from megatron_satformer.model.architectures.value_residual import ValueResidualConfig
+from megatron_satformer.model.architectures.value_residual import (
+    ValueResidualConfig,
+    refuse_beside_replicas,
+)
 from tests.models import build_config
 from tests.parallel.layouts import MIXING
 
@@ -35,3 +40,20 @@ def test_message_names_the_valid_sizes():
     options = build_config(**SHAPE)
     with pytest.raises(ValueError, match=r"num_query_groups \(6\).*\(4\).*Use TP 1 or 2 or 3 or 6"):
         ValueResidualConfig.check_options(options, num_layers=4, groups=6, tp=4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("hidden_dropout", 0.1, "must be 0.0 with"),
+        ("position_embedding_type", "learned_absolute", "must be rope or none or yarn with"),
+        ("transformer_impl", "transformer_engine", "must be local with"),
+        ("optimizer", "muon", "must be adam or sgd with"),
+        ("ckpt_format", "torch", "must be torch_dist with"),
+    ],
+)
+def test_what_v1_from_ids_cannot_have(option, value, told):
+    refuse_beside_replicas(Namespace(v1_transport="carry", **{option: value}))
+    with pytest.raises(ValueError, match=rf"{option} \({value}\) {told} v1_transport"):
+        refuse_beside_replicas(Namespace(v1_transport="recompute", **{option: value}))
+    refuse_beside_replicas(Namespace(v1_transport="recompute"))
