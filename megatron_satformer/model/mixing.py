@@ -92,6 +92,7 @@ def gated_sum(
     return _GatedSum.apply(value, logits, v1, gate, fused, in_place)
 
 
+TOKENS = 256  # of a block, on a CPU
 _ops = torch.ops.aten
 # Gates of one logit alone, and their gradients, from that of alpha and alpha, as autograd has them.
 ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -133,8 +134,15 @@ class _GatedSum(torch.autograd.Function):
         else:
             gate, gate_backward = ELEMENTWISE[ctx.gate]
             alpha = gate(logits) if alpha is None else alpha
-            own = gate_backward((gradient * v1).sum(-1).to(alpha.dtype), alpha)
-            into = gradient * alpha.unsqueeze(-1).to(gradient.dtype)
+            to_alpha = gradient.new_empty(alpha.shape)
+            into = gradient.new_empty(gradient.shape)
+            # Of some tokens at once: what is multiplied is still in the cache when it is added up.
+            many = gradient.size(0) if gradient.is_cuda else TOKENS
+            parts = (x.split(many) for x in (gradient, v1, alpha, to_alpha, into))
+            for given, first, weight, own, scaled in zip(*parts, strict=True):
+                torch.sum(given * first, -1, out=own)
+                torch.mul(given, weight.unsqueeze(-1).to(given.dtype), out=scaled)
+            own = gate_backward(to_alpha.to(alpha.dtype), alpha)
         return gradient, own, into, None, None, None
 
 

@@ -1,6 +1,7 @@
 """V1 made on every stage: payload, equal copies, checkpoints without them."""
 
 import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_satformer.parallel.carry import boundary_widths
@@ -8,8 +9,9 @@ from tests.models import build_config
 from tests.parallel.layouts import FROM_IDS, MIXING, OPTIMIZER, PP2, VIRTUAL
 from tests.small import RTOL
 
-STAGES = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "pipeline_dtype": None}
-STAGES |= {"pipeline_model_parallel_size": 4, "transformer_impl": "local", "hidden_dropout": 0.0}
+STAGES = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "hidden_dropout": 0.0}
+STAGES |= {"pipeline_model_parallel_size": 4, "pipeline_dtype": torch.float32}
+STAGES |= {"transformer_impl": "local"}
 
 
 def keys(folder, step):
