@@ -32,7 +32,16 @@ def test_copies_stay_equal_and_are_not_saved(zygote, pretrain, started, tmp_path
     load = flags.index("--load")
     source, flags = flags[load + 1], [*flags[:load], "--lr-decay-iters", 30]
     flags += [*PP2.split(), *VIRTUAL.split(), *OPTIMIZER.split()]
-    first = [*flags, *FROM_IDS.split(), "--train-iters", 20, "--save", tmp_path]
+    first = [
+        *flags,
+        *FROM_IDS.split(),
+        "--train-iters",
+        20,
+        "--save",
+        tmp_path,
+        "--save-interval",
+        20,
+    ]
     first += ["--load", source, "--finetune", "--no-load-optim", "--no-load-rng"]
     run = zygote.run(4, call="tests.parallel.replicas:train", args=[[*map(str, first)]])
     assert run.codes == [0] * 4, run.output[-6000:]

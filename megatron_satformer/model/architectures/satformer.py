@@ -40,6 +40,7 @@ from megatron_satformer.model.architectures.value_residual import (
     carry_v1,
     describe_mixing,
     mixes,
+    replica_defaults,
 )
 from megatron_satformer.model.attention import Fused
 from megatron_satformer.model.gates import apply_gate
@@ -319,6 +320,7 @@ SATFORMER = Architecture(
     attention=SATFormerAttention,
     layer=ValueResidualLayer,
     carry=carry_v1,
+    defaults=replica_defaults,
     tensors=own_tensors,
     refuses=(
         *REFUSES,

@@ -115,6 +115,16 @@ def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
         )
 
 
+def replica_defaults(preview: Any) -> dict[str, Any]:
+    """Defaults of other flags where replicas have small buckets of their own.
+
+    Some data-parallel ranks hold padding of such alone: Megatron's other format of the distributed
+    optimizer's state dies of that at the first save.
+    """
+    small = preview.v1_transport == "recompute" and preview.use_distributed_optimizer
+    return {"dist_ckpt_optim_fully_reshardable": True} if small else {}
+
+
 @dataclass
 class ValueResidualConfig(DecoderConfig, ValueResidualOptions):
     """DecoderConfig of a model whose layers read V1."""
