@@ -3,16 +3,16 @@
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN, TABLE
+from tests.examples.commands import write_command
 from tests.parallel.layouts import GATED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,11 +66,6 @@ PATHS = {
     "CHECKPOINT_PATH": "checkpoints",
     "TENSORBOARD_LOGS_PATH": "tensorboard",
 }
-
-
-def write_command(path, script):
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +212,62 @@ def test_one_node_meets_on_a_port_of_its_own(bin_dir):
     assert options["--rdzv-endpoint"] == "localhost:0"
 
 
+def test_a_launch_meets_nobody_else(bin_dir):
+    def meeting(**environment):
+        several = {"NNODES": "2", "MASTER_ADDR": "n1"}
+        launcher, _ = recorded_flags(bin_dir, "130m", **several, **environment)
+        options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+        return options["--rdzv-id"], options["--rdzv-endpoint"]
+
+    step = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0"}
+    assert meeting(**step) == ("123456.0", "n1:23456")
+    assert meeting(**step, CHECKPOINT_PATH="b", MASTER_PORT="1") == ("123456.0", "n1:1")
+    assert meeting(**step | {"SLURM_STEP_ID": "1"})[0] == "123456.1"
+    # without SLURM all nodes know where the checkpoints are, and no other launch writes there
+    one, other = meeting(CHECKPOINT_PATH="a"), meeting(CHECKPOINT_PATH="b")
+    assert one == meeting(CHECKPOINT_PATH="a")
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+    assert 20_000 <= int(one[1].partition(":")[2]) < 30_000
+
+
+MEMBER = """
+import os, pathlib, time
+here = pathlib.Path(os.environ["PROBE"])
+launch, rank, size = (os.environ[f"{n}"] for n in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"))
+(here / f"member_{launch}_{rank}_{size}").touch()
+while len([*here.glob("member_*")]) < 4:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+def test_two_launches_at_one_port_do_not_join_each_other(tmp_path):
+    """Two of two nodes each, all here, at the worst: with the same address and port."""
+    (tmp_path / "member.py").write_text(MEMBER)
+    launcher = f'exec {sys.executable} -m torch.distributed.run "${{@:1:10}}" $PROBE/member.py'
+    write_command(tmp_path / "torchrun", launcher)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROBE": str(tmp_path), "NNODES": "2"}
+    here |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GPUS_PER_NODE": "1"}
+    launches = [
+        subprocess.Popen(
+            [PRETRAIN / "satformer_130m.sh"],
+            env=os.environ | PATHS | here | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for job in ("1", "2", "1", "2")
+    ]
+    for launch in launches:
+        _, told = launch.communicate(timeout=300)
+        assert launch.returncode == 0, told
+    members = sorted(path.name for path in tmp_path.glob("member_*"))
+    assert members == [f"member_{job}.0_{rank}_2" for job in (1, 2) for rank in (0, 1)]
+
+
 @pytest.mark.parametrize(("listed", "processes"), [("", "1"), ("GPU 0: A\nGPU 1: A", "2")])
 def test_a_process_for_each_gpu_or_one(bin_dir, tmp_path, listed, processes):
     write_command(tmp_path / "nvidia-smi", f"printf '%s' '{listed}'; [[ '{listed}' ]]")
@@ -266,85 +317,3 @@ def test_a_missing_path_is_named(bin_dir, name):
     result = run_script(bin_dir, "satformer_130m.sh", **{name: ""})
     assert result.returncode != 0
     assert f"{name}: " in result.stderr
-
-
-WORKER = """
-import os, pathlib, signal, time
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-here = pathlib.Path(os.environ["PROBE"])
-ready = here / f"ready{os.environ['RANK']}"
-ready.with_suffix(".new").write_text(str(os.getpid()))
-ready.with_suffix(".new").rename(ready)
-while not told:
-    time.sleep(0.05)
-(here / f"saved{os.environ['RANK']}").touch()
-"""
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """This machine as a cluster: srun runs its command here, scontrol writes down requeues."""
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    write_command(bin_dir / "srun", 'shift; exec "$@"')
-    write_command(
-        bin_dir / "scontrol",
-        'case $1 in show) echo localhost ;; requeue) echo "$2" >"$PROBE/requeued" ;; esac',
-    )
-    (tmp_path / "worker.py").write_text(WORKER)
-    # torchrun's arguments as launch.sh gives them, around a worker that Megatron is not needed for.
-    write_command(
-        tmp_path / "train.sh",
-        f"exec {sys.executable} -m torch.distributed.run --nnodes $NNODES --nproc-per-node 2"
-        " --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id $SLURM_JOB_ID"
-        ' "$PROBE/worker.py" "$@"',
-    )
-    environment = {
-        "PATH": f"{bin_dir}:{os.environ['PATH']}",
-        "PROBE": str(tmp_path),
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": f"9{os.getpid()}",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "localhost",
-    }
-    job = subprocess.Popen(
-        ["bash", ROOT / "examples/slurm/pretrain.sbatch", "train.sh"],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    yield tmp_path, job
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGTERM)  # torchrun passes it on to its workers
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_the_time_limit_saves_and_requeues(cluster):
-    directory, job = cluster
-    wait_for(lambda: (directory / "ready0").exists() and (directory / "ready1").exists())
-    job.send_signal(signal.SIGUSR2)  # as `--signal=B:USR2` does: to the batch shell alone
-    output, _ = job.communicate(timeout=60)
-    assert (directory / "saved0").exists()
-    assert (directory / "saved1").exists()
-    assert job.returncode == 0, output
-    assert (directory / "requeued").read_text().startswith("9")
-
-
-@pytest.mark.slow
-def test_a_failure_is_not_requeued(cluster):
-    directory, job = cluster
-    wait_for(lambda: (directory / "ready0").exists())
-    os.kill(int((directory / "ready0").read_text()), signal.SIGKILL)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode != 0, output
-    assert not (directory / "requeued").exists()
