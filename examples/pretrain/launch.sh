@@ -15,17 +15,25 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 GPUS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || GPUS=0
 NNODES=${NNODES:-1}
-if [[ $NNODES != 1 ]]; then
+# What all nodes of this launch know, and no other launch has.
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    LAUNCH=$SLURM_JOB_ID.${SLURM_STEP_ID:-$$}
+else
+    LAUNCH=$(cksum <<<"$CHECKPOINT_PATH" | cut -d ' ' -f 1)
+fi
+if [[ $NNODES == 1 ]]; then
+    ENDPOINT=localhost:0 # any free port, since no other node needs to know it
+else
     : "${MASTER_ADDR:?the first of NNODES nodes, where all of them meet}"
+    ENDPOINT=$MASTER_ADDR:${MASTER_PORT:-$((20000 + ${LAUNCH%.*} % 10000))}
 fi
 
 DISTRIBUTED_ARGS=(
     --nnodes "$NNODES"
     --nproc-per-node "${GPUS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))}"
     --rdzv-backend c10d
-    # One node needs no port that others know (0: any free one), so two launches on it never meet.
-    --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-$((NNODES == 1 ? 0 : 29500))}"
-    --rdzv-id "${SLURM_JOB_ID:-satformer}"
+    --rdzv-endpoint "$ENDPOINT"
+    --rdzv-id "$LAUNCH"
 )
 
 read -ra BLEND <<<"$DATA_PATH"

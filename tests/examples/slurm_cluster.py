@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PATIENCE = 120.0
+PATIENCE = 300.0
 PR_SET_PDEATHSIG, LIBC = 1, ctypes.CDLL(None)
-# A job that was queued again waits for its old credential to expire; the scheduler looks every
-# second; a job may outlive its time limit, so that a slow machine has time to save.
+# A job that was queued again waits for its old credential to expire, five seconds at least; the
+# scheduler looks every second; a job may outlive its limit: a slow machine has time to save.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -31,7 +31,7 @@ SlurmdPort={daemon_port}
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={root}/munge.socket,cred_expire=3
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 PluginDir={plugins}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool
@@ -135,8 +135,10 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         self._daemons: list[subprocess.Popen[bytes]] = []
         sbin = system / "usr/sbin"
-        munge = [f"--{name}={root}/munge.{name.partition('-')[0]}" for name in
-                 ("socket", "key-file", "pid-file", "log-file", "seed-file")]
+        munge = [
+            f"--{name}={root}/munge.{name.partition('-')[0]}"
+            for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
+        ]
         self._start([sbin / "munged", "--foreground", "--force", *munge])
         wait_for((root / "munge.socket").exists, "munged")
         self._start([sbin / "slurmctld-wlm", "-D"])

@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN, TABLE
+from tests.examples.commands import write_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "examples/pretrain"
@@ -52,11 +51,6 @@ PATHS = {
     "CHECKPOINT_PATH": "checkpoints",
     "TENSORBOARD_LOGS_PATH": "tensorboard",
 }
-
-
-def write_command(path, script):
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
@@ -262,85 +256,3 @@ def test_a_missing_path_is_named(bin_dir, name):
     result = run_script(bin_dir, "satformer_130m.sh", **{name: ""})
     assert result.returncode != 0
     assert f"{name}: " in result.stderr
-
-
-WORKER = """
-import os, pathlib, signal, time
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-here = pathlib.Path(os.environ["PROBE"])
-ready = here / f"ready{os.environ['RANK']}"
-ready.with_suffix(".new").write_text(str(os.getpid()))
-ready.with_suffix(".new").rename(ready)
-while not told:
-    time.sleep(0.05)
-(here / f"saved{os.environ['RANK']}").touch()
-"""
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """This machine as a cluster: srun runs its command here, scontrol writes down requeues."""
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    write_command(bin_dir / "srun", 'shift; exec "$@"')
-    write_command(
-        bin_dir / "scontrol",
-        'case $1 in show) echo localhost ;; requeue) echo "$2" >"$PROBE/requeued" ;; esac',
-    )
-    (tmp_path / "worker.py").write_text(WORKER)
-    # torchrun's arguments as launch.sh gives them, around a worker that Megatron is not needed for.
-    write_command(
-        tmp_path / "train.sh",
-        f"exec {sys.executable} -m torch.distributed.run --nnodes $NNODES --nproc-per-node 2"
-        " --rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id $SLURM_JOB_ID"
-        ' "$PROBE/worker.py" "$@"',
-    )
-    environment = {
-        "PATH": f"{bin_dir}:{os.environ['PATH']}",
-        "PROBE": str(tmp_path),
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": f"9{os.getpid()}",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "localhost",
-    }
-    job = subprocess.Popen(
-        ["bash", ROOT / "examples/slurm/pretrain.sbatch", "train.sh"],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    yield tmp_path, job
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGTERM)  # torchrun passes it on to its workers
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_the_time_limit_saves_and_requeues(cluster):
-    directory, job = cluster
-    wait_for(lambda: (directory / "ready0").exists() and (directory / "ready1").exists())
-    job.send_signal(signal.SIGUSR2)  # as `--signal=B:USR2` does: to the batch shell alone
-    output, _ = job.communicate(timeout=60)
-    assert (directory / "saved0").exists()
-    assert (directory / "saved1").exists()
-    assert job.returncode == 0, output
-    assert (directory / "requeued").read_text().startswith("9")
-
-
-@pytest.mark.slow
-def test_a_failure_is_not_requeued(cluster):
-    directory, job = cluster
-    wait_for(lambda: (directory / "ready0").exists())
-    os.kill(int((directory / "ready0").read_text()), signal.SIGKILL)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode != 0, output
-    assert not (directory / "requeued").exists()
