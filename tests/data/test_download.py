@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,10 +75,8 @@ def test_documents_come_whole_and_in_order_up_to_the_budget(
     count = download(some)
     assert 1_000 <= count.tokens < 1_020
     assert texts(tmp_path / "some") == texts(tmp_path / "whole")[: count.documents]
-    assert (
-        download(some) == replace(count, resumed=count.documents, seconds=download(some).seconds)
-        or download(some).documents == count.documents
-    )
+    again = download(some)
+    assert again == replace(count, resumed=count.documents, seconds=again.seconds)
     # a larger budget goes on behind the last document
     more = download(replace(some, tokens=2_000))
     assert more.resumed == count.documents
@@ -124,28 +121,7 @@ def test_a_kill_anywhere_changes_nothing(
                 break
             except Kill:
                 kills += 1
-    assert kills > 3
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_goes_on(
-    options: DownloadOptions, tmp_path: Path, dataset: Path
-) -> None:
-    download(options)
-    command = [sys.executable, str(ROOT / "tools/download_dataset.py"), "--dataset", str(dataset)]
-    command += ["--output", str(tmp_path / "killed"), "--shard-bytes", "3000"]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed/part-00000.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("300 documents, 0.0")
+    assert kills >= 3
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
@@ -181,11 +157,24 @@ def test_bad_input_is_one_clear_error(
     assert "needs the package datasets" in refused()
 
 
-def test_the_tool_says_what_it_has(dataset: Path, tmp_path: Path, tool: Callable) -> None:
+@pytest.mark.slow
+def test_the_tool_goes_on_after_a_kill(dataset: Path, tmp_path: Path) -> None:
+    if any(dataset.glob("*.parquet")):
+        pytest.skip("the same of either kind")
+    command = [sys.executable, str(ROOT / "tools/download_dataset.py"), "--dataset", str(dataset)]
+    command += ["--output", str(tmp_path / "out"), "--shard-bytes", "3000", "--tokens", "1M"]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
-    command = ["--dataset", dataset, "--output", tmp_path / "out", "--tokens", "1M"]
-    result = tool("download_dataset", *command, env=environment)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out/part-00000.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"300 documents, {sum(n % 17 + 3 for n in range(300)):,} tok")
     assert "WARNING: tokens (1,000,000) are more than the dataset has" in result.stderr
+    rows = [json.loads(line) for file in sorted(dataset.iterdir()) for line in file.open()]
+    assert texts(tmp_path / "out") == [row["text"] for row in rows]
     assert module.STATE in os.listdir(tmp_path / "out")
