@@ -13,11 +13,11 @@ FLAGS=(
 )
 MERGE=(python3 tools/merge_datasets.py --input "$RECIPE/data/corpus.parts" --output-prefix "$DATA_PATH")
 
-if command -v sbatch >/dev/null; then
-    array=$(sbatch --parsable --array="0-$((NUM_PARTS - 1))" "$@" examples/slurm/preprocess.sbatch "${FLAGS[@]}")
+if command -v "$SBATCH" >/dev/null; then
+    array=$("$SBATCH" --parsable --array="0-$((NUM_PARTS - 1))" "$@" examples/slurm/preprocess.sbatch "${FLAGS[@]}")
     printf 'parts: job %s\n' "$array"
     printf -v merge '%q ' "${MERGE[@]}"
-    merge=$(sbatch --parsable --job-name=merge --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes "$@" \
+    merge=$("$SBATCH" --parsable --job-name=merge --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes "$@" \
         --wrap "$merge")
     printf 'merge: job %s\n' "$merge"
     exit

@@ -4,8 +4,8 @@
 # shellcheck source=examples/fineweb_edu/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 TRAIN=(examples/pretrain/launch.sh --model-size "$SIZE" "$@")
-if command -v sbatch >/dev/null; then
+if command -v "$SBATCH" >/dev/null; then
     read -ra SBATCH_FLAGS <<<"${SBATCH_FLAGS:-}"
-    exec sbatch --job-name "${ARCHITECTURE}_$SIZE" "${SBATCH_FLAGS[@]}" examples/slurm/pretrain.sbatch "${TRAIN[@]}"
+    exec "$SBATCH" --job-name "${ARCHITECTURE}_$SIZE" "${SBATCH_FLAGS[@]}" examples/slurm/pretrain.sbatch "${TRAIN[@]}"
 fi
 exec "${TRAIN[@]}"

@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ ! -d .venv/bin ]] || export PATH="$PWD/.venv/bin:$PATH"
 
 export RECIPE=${RECIPE:-runs/fineweb_edu}
+SBATCH=${SBATCH-sbatch}
 export SIZE=${SIZE:-1.3b} ARCHITECTURE=${ARCHITECTURE:-satformer}
 export TOKENIZER_MODEL=${TOKENIZER_MODEL:-$RECIPE/tokenizer/tokenizer.model}
 export DATA_PATH=${DATA_PATH:-$RECIPE/data/corpus_text_document}

@@ -241,7 +241,7 @@ def _write_shards(
     ) as progress:
         while not _is_enough(state, options):
             name = f"part-{len(state['shards']):05d}.jsonl"
-            shard = {"name": name, "bytes": 0, "documents": 0, "tokens": 0}
+            shard: dict[str, Any] = {"name": name, "bytes": 0, "documents": 0, "tokens": 0}
             with AtomicFile(folder / name) as output:
                 enough = False
                 for text, tokens in rows:
