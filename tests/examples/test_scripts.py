@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,62 @@ def test_one_node_meets_on_a_port_of_its_own(bin_dir):
     launcher, _ = recorded_flags(bin_dir, "130m")
     options = dict(zip(launcher[::2], launcher[1::2], strict=True))
     assert options["--rdzv-endpoint"] == "localhost:0"
+
+
+def test_a_launch_meets_nobody_else(bin_dir):
+    def meeting(**environment):
+        several = {"NNODES": "2", "MASTER_ADDR": "n1"}
+        launcher, _ = recorded_flags(bin_dir, "130m", **several, **environment)
+        options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+        return options["--rdzv-id"], options["--rdzv-endpoint"]
+
+    step = {"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0"}
+    assert meeting(**step) == ("123456.0", "n1:23456")
+    assert meeting(**step, CHECKPOINT_PATH="b", MASTER_PORT="1") == ("123456.0", "n1:1")
+    assert meeting(**step | {"SLURM_STEP_ID": "1"})[0] == "123456.1"
+    # without SLURM all nodes know where the checkpoints are, and no other launch writes there
+    one, other = meeting(CHECKPOINT_PATH="a"), meeting(CHECKPOINT_PATH="b")
+    assert one == meeting(CHECKPOINT_PATH="a")
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+    assert 20_000 <= int(one[1].partition(":")[2]) < 30_000
+
+
+MEMBER = """
+import os, pathlib, time
+here = pathlib.Path(os.environ["PROBE"])
+launch, rank, size = (os.environ[f"{n}"] for n in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"))
+(here / f"member_{launch}_{rank}_{size}").touch()
+while len([*here.glob("member_*")]) < 4:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.slow
+def test_two_launches_at_one_port_do_not_join_each_other(tmp_path):
+    """Two of two nodes each, all here, at the worst: with the same address and port."""
+    (tmp_path / "member.py").write_text(MEMBER)
+    launcher = f'exec {sys.executable} -m torch.distributed.run "${{@:1:10}}" $PROBE/member.py'
+    write_command(tmp_path / "torchrun", launcher)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROBE": str(tmp_path), "NNODES": "2"}
+    here |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GPUS_PER_NODE": "1"}
+    launches = [
+        subprocess.Popen(
+            [PRETRAIN / "satformer_130m.sh"],
+            env=os.environ | PATHS | here | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for job in ("1", "2", "1", "2")
+    ]
+    for launch in launches:
+        _, told = launch.communicate(timeout=300)
+        assert launch.returncode == 0, told
+    members = sorted(path.name for path in tmp_path.glob("member_*"))
+    assert members == [f"member_{job}.0_{rank}_2" for job in (1, 2) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(("listed", "processes"), [("", "1"), ("GPU 0: A\nGPU 1: A", "2")])

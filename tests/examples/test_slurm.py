@@ -101,16 +101,18 @@ def test_a_task_of_an_array_queues_itself_alone_again(cluster: Cluster, tmp_path
     assert (tmp_path / "run_1/starts").is_dir()
 
 
-def workers_of(job: str) -> list[psutil.Process]:
-    """The ranks of a job: torchrun's children, each with a rank in its environment."""
-    found = psutil.process_iter(["environ", "cmdline"])
-    return [
-        process
+def rank_of(job: str) -> psutil.Process:
+    """The one rank of a job: torchrun's child; what loads data for it is a child of its own."""
+    found = psutil.process_iter(["environ", "cmdline", "ppid"])
+    ranks = {
+        process.pid: process
         for process in found
         if (process.info["environ"] or {}).get("SLURM_JOB_ID") == job
         and "RANK" in process.info["environ"]
         and any(word.endswith("pretrain_satformer.py") for word in process.info["cmdline"] or ())
-    ]
+    }
+    (rank,) = (process for process in ranks.values() if process.info["ppid"] not in ranks)
+    return rank
 
 
 def is_told_to_end(process: psutil.Process) -> bool:
@@ -136,7 +138,7 @@ def hit_the_time_limit(cluster: Cluster, job: str, folder: Path, step: int) -> N
     """
     wait_for(lambda: any(one["step"] >= step for one in read_steps(folder)), f"step {step}", SLOW)
     restarts = int(cluster.fields(job)["Restarts"])
-    (worker,) = workers_of(job)
+    worker = rank_of(job)
     worker.send_signal(signal.SIGSTOP)
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_for(lambda: is_told_to_end(worker), "the time limit", SLOW)
