@@ -10,14 +10,14 @@ import pytest
 
 from megatron_satformer.files import run_lock
 from megatron_satformer.files.run_lock import claim
-from tests.small import PP2, SHAPE
+from tests.small import SHAPE
 
 ROOT = Path(__file__).resolve().parents[2]
 # Its child lives on, as loaders of data do for a while, with whatever it has inherited.
 RUN = """
 import os, sys, time
 from megatron_satformer.files.run_lock import claim
-from tests.small import PP2, SHAPE
+from tests.small import SHAPE
 claim(sys.argv[1])
 child = os.fork()
 if child:
@@ -77,7 +77,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 def test_training_is_refused_where_another_run_saves(pretrain, data_flags, tmp_path):
     claim(str(tmp_path))  # until the end of the tests
     flags = [*SHAPE, *data_flags, "--train-iters", 2, "--save", tmp_path, "--save-interval", 1]
-    run = pretrain(2, *flags, *PP2.split(), code=2)
+    run = pretrain(1, *flags, code=2)
     told = f"error: save ({tmp_path}) must be this run's alone, and another saves there: process "
     assert run.output.count(f"{told}{os.getpid()} on ") == 1
     assert os.listdir(tmp_path) == [run_lock.LOCK]
