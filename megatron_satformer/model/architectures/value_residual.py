@@ -94,11 +94,10 @@ def refuse_beside_replicas(options: Any) -> None:
                 f"{option} ({value}) must be {allowed} with v1_transport (recompute): {why}. "
                 "Change it, or use --v1-transport carry."
             )
-    if getattr(options, "use_distributed_optimizer", False) and getattr(options, "save", None):
+    if getattr(options, "save", None):
         raise ValueError(
-            f"save ({options.save}) must not come with use_distributed_optimizer (True) and "
-            "v1_transport (recompute): its state cannot be saved beside replicas. Leave "
-            "--use-distributed-optimizer out, or use --v1-transport carry."
+            f"save ({options.save}) must not come with v1_transport (recompute): replicas cannot be "
+            "kept out of what is saved yet. Use --v1-transport carry."
         )
 
 
