@@ -96,8 +96,8 @@ def refuse_beside_replicas(options: Any) -> None:
             )
     if getattr(options, "save", None):
         raise ValueError(
-            f"save ({options.save}) must not come with v1_transport (recompute): replicas cannot be "
-            "kept out of what is saved yet. Use --v1-transport carry."
+            f"save ({options.save}) must not come with v1_transport (recompute): replicas "
+            "cannot be kept out of what is saved yet. Use --v1-transport carry."
         )
 
 
