@@ -94,6 +94,11 @@ def refuse_beside_replicas(options: Any) -> None:
                 f"{option} ({value}) must be {allowed} with v1_transport (recompute): {why}. "
                 "Change it, or use --v1-transport carry."
             )
+    if getattr(options, "save", None):
+        raise ValueError(
+            f"save ({options.save}) must not come with v1_transport (recompute): replicas "
+            "cannot be kept out of what is saved yet. Use --v1-transport carry."
+        )
 
 
 def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
