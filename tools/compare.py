@@ -19,12 +19,14 @@ from megatron_satformer.comparison.run import CompareOptions, Comparison, measur
 from megatron_satformer.comparison.tasks import retrieval_task, text_task
 from megatron_satformer.comparison.trials import TrialError
 from megatron_satformer.comparison.variants import all_variants, find_variants
+from megatron_satformer.config import DecoderOptions
 from megatron_satformer.files.locks import open_locked
+from megatron_satformer.model.architectures import PLAIN
 from megatron_satformer.sizes import SIZES
 
 CORPUS = ("data_path", "tokenizer_type", "tokenizer_model")
 SMOKE = {
-    "archs": ["transformer", "satformer"],
+    "archs": [PLAIN, DecoderOptions.architecture],
     "steps": 16,
     "seeds": 2,
     "lr_factors": [1.0],

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_satformer.comparison.run import CompareOptions, find_slots
+from megatron_satformer.config import DecoderOptions
+from megatron_satformer.model.architectures import PLAIN
 
+COMPARED = [PLAIN, DecoderOptions.architecture]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,15 +65,12 @@ def test_smoke_with_a_kill_in_the_middle(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in done} == done
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for task in ("text", "mqar"):
-        for variant in ("transformer", "satformer"):
+        for variant in COMPARED:
             runs = results["tasks"][task][variant]["seeds"].values()
             assert len(runs) == 2
             assert len({run["loss"] for run in runs}) == 2
             assert ("accuracy" in next(iter(runs))) == (task == "mqar")
-    assert [row["architecture"] for row in results["cost"]["measured"]] == [
-        "transformer",
-        "satformer",
-    ]
+    assert [row["architecture"] for row in results["cost"]["measured"]] == COMPARED
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     assert "http" not in page

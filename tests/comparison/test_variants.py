@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_satformer.comparison.variants import Variant, all_variants, find_variants
-from megatron_satformer.model.architectures import TABLE, find_architecture
+from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
 
 
 def test_every_architecture_without_controls_by_default():
@@ -31,7 +31,7 @@ def test_flags():
     ("names", "told"),
     [
         (["gpt"], r"archs \(gpt\) must be of transformer, "),
-        (["transformer", "transformer"], r"archs \(transformer\) must be named once"),
+        ([PLAIN] * 2, r"archs \(transformer\) must be named once"),
     ],
 )
 def test_unknown_and_repeated(names, told):
