@@ -4,6 +4,7 @@ Shapes: s sequence, b micro-batch, ng KV heads of the model, hn head dim, kv = n
 low-rank map; "/tp" marks what a rank holds.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ def _softmax_over_heads(logits: Tensor, tp_group: ProcessGroup) -> Tensor:
     return every.softmax(dim=-1)[..., mine : mine + heads] * every.size(-1)
 
 
+def own_random_state() -> Any:
+    """That of this tensor-parallel rank, where the program has given it one."""
+    tracker = get_cuda_rng_tracker()
+    return tracker.fork() if tracker.is_initialized() else nullcontext()
+
+
 class _OfHeads(MegatronModule):
     """Parameters whose first axis is cut by KV head."""
 
@@ -87,7 +94,7 @@ class _OfHeads(MegatronModule):
         if fill is not None:
             torch.nn.init.constant_(parameter, fill)
         elif config.perform_initialization:
-            with get_cuda_rng_tracker().fork():
+            with own_random_state():
                 config.init_method(parameter)
         self.register_parameter(name, parameter)
 

@@ -25,7 +25,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -36,6 +35,7 @@ from megatron_satformer.config import DecoderConfig
 from megatron_satformer.model.architectures.history import HistoryAttention, HistoryLayer
 from megatron_satformer.model.architectures.record import Architecture, OwnTensor
 from megatron_satformer.model.architectures.value_residual import refuse_split_heads
+from megatron_satformer.model.gates import own_random_state
 from megatron_satformer.unsupported import Row
 
 TABLE, GATE = "value_embedding", "value_embedding_gate"
@@ -130,7 +130,7 @@ class ValueEmbeddingAttention(HistoryAttention):
         gate = self._parameter(heads, gate_channels(self.config))  # [ng/tp, 12]
         if self.config.perform_initialization:
             bound = (3 / self.config.hidden_size) ** 0.5
-            with torch.no_grad(), get_cuda_rng_tracker().fork():
+            with torch.no_grad(), own_random_state():
                 if self.config.value_embedding_init == "uniform":
                     table.uniform_(-bound, bound)
                 gate.uniform_(0.0, GATE_INIT)
