@@ -23,7 +23,7 @@ LAYOUTS = {
 }
 # Every architecture in one layout, so that every layout is there.
 CELLS = [(name, [*LAYOUTS][n % len(LAYOUTS)]) for n, name in enumerate(TABLE)]
-TOLERANCE = 0.15
+TOLERANCE, MICRO_BATCHES = 0.15, 4
 
 
 @pytest.fixture
@@ -57,8 +57,10 @@ def test_is_what_ranks_hold_and_send(compared, architecture, layout):
     for plan, run in compared(ranks, pp, "--architecture", architecture, *flags.split()):
         check_static(plan, run)
         assert all(ledger == alive for ledger, alive in run["alive"])  # counted in two ways
-        for what in ("kept", "peak"):
-            assert plan[what] == pytest.approx(run[what], rel=TOLERANCE), (what, plan, run)
+        assert plan["peak"] == pytest.approx(run["peak"], rel=TOLERANCE)
+        # What has just come, or is about to go, counts at that moment.
+        in_hand = run["sent"] / MICRO_BATCHES
+        assert plan["kept"] == pytest.approx(run["kept"], rel=TOLERANCE, abs=in_hand)
         assert plan["sent"] == run["sent"]
         for message, count in plan["collectives"].items():
             assert run["collectives"][message] - count in (0, 1)  # one is of the whole step

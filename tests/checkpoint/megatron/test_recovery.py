@@ -18,6 +18,7 @@ from megatron_satformer.checkpoint.megatron.recovery import (
     find_recovery,
     find_start,
     find_step_damage,
+    is_torn,
     recover,
 )
 from megatron_satformer.checkpoint.megatron.retention import make_room
@@ -104,6 +105,17 @@ def test_an_unreadable_tracker_is_written_again(load, capsys, content, told):
     recover(options(load))
     assert (load / TRACKER).read_text() == "30"
     assert told in capsys.readouterr().out
+
+
+def test_a_plan_mends_nothing(load, capsys):
+    cut(weights(load / "iter_0000030"))
+    planned = options(load, dry_run=True)
+    assert is_torn(planned)
+    recover(planned)
+    assert (load / TRACKER).read_text() == "30"
+    assert "The run will go on from step 20" in capsys.readouterr().out
+    recover(options(load))
+    assert not is_torn(planned)
 
 
 def test_a_step_without_a_tracker_is_found(load, capsys):
