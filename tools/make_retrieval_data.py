@@ -25,7 +25,10 @@ DIFFICULTY = "pairs power_a copies copied_words noise_words distractors entries 
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(description=__doc__)
+    parser = ToolParser(
+        description=__doc__,
+        epilog="Without --tokenizer-type, --vocab-size N makes a tokenizer of N single words.",
+    )
     parser.add_argument("--save", type=Path, required=True, help="Folder to make.")
     parser.add_argument("--overwrite", action="store_true", help="Replace earlier tasks at --save.")
     group = parser.add_argument_group("what to make")
