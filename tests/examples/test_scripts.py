@@ -115,9 +115,7 @@ def test_shell(script):
     subprocess.run(["bash", "-n", script], check=True)
     here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shellcheck = shutil.which("shellcheck", path=here)
-    result = subprocess.run(
-        [shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True
-    )
+    result = subprocess.run([shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert os.access(script, os.X_OK)
 
