@@ -4,6 +4,7 @@ Shapes: s sequence, b micro-batch, ng KV heads of the model, hn head dim, kv = n
 low-rank map; "/tp" marks what a rank holds.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -77,12 +78,30 @@ def own_random_state() -> Any:
     return tracker.fork() if tracker.is_initialized() else nullcontext()
 
 
-class _OfHeads(MegatronModule):
-    """Parameters whose first axis is cut by KV head."""
+@torch.no_grad()
+def draw_apart(init_method: Callable[[Tensor], Any], shape: Sequence[int], place: int) -> Tensor:
+    """Random values that leave those of all other weights what they are without them.
 
-    def __init__(self, config: Any, tp_group: ProcessGroup) -> None:
+    Every architecture then begins with the same shared weights, given one seed.
+
+    Args:
+        init_method: fills a tensor.
+        shape: of the whole tensor, over tensor-parallel ranks, which all draw the same.
+        place: which tensor.
+    """
+    values = torch.empty(*shape, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed((1_000_003 * torch.initial_seed() + place) % 2**63)
+        init_method(values)
+    return values
+
+
+class _OfHeads(MegatronModule):
+    """Parameters whose first axis is cut by KV head; `layer_number`: of the layer that has them."""
+
+    def __init__(self, config: Any, tp_group: ProcessGroup, layer_number: int) -> None:
         super().__init__(config)
-        self.tp_group = tp_group
+        self.tp_group, self.layer_number = tp_group, layer_number
 
     def add(self, name: str, *shape: int, fill: float | None = None) -> None:
         """Give it a parameter: filled with a number, or random as the model's other weights."""
@@ -94,8 +113,10 @@ class _OfHeads(MegatronModule):
         if fill is not None:
             torch.nn.init.constant_(parameter, fill)
         elif config.perform_initialization:
-            with own_random_state():
-                config.init_method(parameter)
+            tp = self.tp_group
+            whole = (shape[0] * tp.size(), *shape[1:])
+            drawn = draw_apart(config.init_method, whole, -self.layer_number)
+            values.copy_(drawn.chunk(tp.size())[tp.rank()])
         self.register_parameter(name, parameter)
 
     def sharded_state_dict(
@@ -121,10 +142,13 @@ class ConstantGate(_OfHeads):
         heads: ng/tp.
         start: value of all.
         tp_group: over which the heads are sharded.
+        layer_number: of the layer that has it.
     """
 
-    def __init__(self, config: Any, heads: int, start: float, tp_group: ProcessGroup) -> None:
-        super().__init__(config, tp_group)
+    def __init__(
+        self, config: Any, heads: int, start: float, tp_group: ProcessGroup, layer_number: int
+    ) -> None:
+        super().__init__(config, tp_group, layer_number)
         self.add("alpha", heads, fill=start)
 
     def forward(self) -> Tensor:
@@ -143,12 +167,19 @@ class ChannelGate(_OfHeads):
         rank: r.
         start: value of all biases.
         tp_group: over which heads and z are sharded.
+        layer_number: of the layer that has it.
     """
 
     def __init__(
-        self, config: Any, heads: int, rank: int, start: float, tp_group: ProcessGroup
+        self,
+        config: Any,
+        heads: int,
+        rank: int,
+        start: float,
+        tp_group: ProcessGroup,
+        layer_number: int,
     ) -> None:
-        super().__init__(config, tp_group)
+        super().__init__(config, tp_group, layer_number)
         self.heads = heads
         self.add("weight", heads * config.kv_channels, rank)  # [kv/tp, r]
         self.add("bias", heads * config.kv_channels, fill=start)

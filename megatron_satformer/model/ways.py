@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -31,6 +32,10 @@ NORM_KEYS = {
     "input_layernorm.k.": "self_attention.linear_qkv.k.layer_norm_",
     "input_layernorm.v.": "self_attention.linear_qkv.v.layer_norm_",
 }
+
+
+def _leave(weight: Tensor) -> None:
+    """An init_method: what is there is filled later."""
 
 
 class WayNorms(MegatronModule):
@@ -78,10 +83,32 @@ class WayLinears(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = kwargs["tp_group"]
-        kv = config.kv_projection_size
+        kv, init_method = config.kv_projection_size, kwargs.pop("init_method")
         for way, rows in zip(WAYS, (output_size - 2 * kv, kv, kv), strict=True):
             place = None if name is None else f"{name}.{way}"
-            setattr(self, way, build(input_size, rows, config=config, name=place, **kwargs))
+            own = build(input_size, rows, config=config, name=place, init_method=_leave, **kwargs)
+            setattr(self, way, own)
+        if config.perform_initialization:
+            self._init_as_one(init_method)
+
+    @torch.no_grad()
+    def _init_as_one(self, init_method: Callable[[Tensor], Any]) -> None:
+        """The weights that a plain linear_qkv would begin with, given the same seed."""
+        q, k, v = (getattr(self, way).weight for way in WAYS)
+        rows, ranks = len(q) + len(k) + len(v), self.tp_group.size()
+        if self.config.use_cpu_initialization:  # Megatron draws the whole one and cuts it
+            whole = torch.empty(rows * ranks, q.size(1))
+            init_method(whole)
+            fused = whole.chunk(ranks)[self.tp_group.rank()]
+        else:
+            fused = torch.empty(rows, q.size(1), device=q.device, dtype=q.dtype)
+            with get_cuda_rng_tracker().fork():
+                init_method(fused)
+        groups = len(k) // self.config.kv_channels
+        heads = fused.view(groups, -1, q.size(1))
+        sizes = [len(weight) // groups for weight in (q, k, v)]
+        for weight, part in zip((q, k, v), heads.split(sizes, dim=1), strict=True):
+            weight.copy_(part.reshape(weight.shape))
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, None]:
         """Three inputs [s, b, h] ([s/tp, b, h] under sequence parallelism) -> [s, b, qkv/tp]."""

@@ -442,3 +442,36 @@ def forward_on_a_gpu_that_is_not_there(options: dict[str, Any]) -> None:
         losses = model(ids, ids, None, labels=ids)
     assert losses.device == gpu
     assert losses.shape == (BATCH, SEQUENCE)
+
+
+def starts_with_shared_weights(options: dict[str, Any]) -> None:
+    """With one seed, all that a plain Transformer has too begins as it does there."""
+    start(int(os.environ["WORLD_SIZE"]))
+    plain, mine = _first_weights({"architecture": PLAIN}), _first_weights(options)
+    assert len(plain) >= 10 * SHAPE["num_layers"] - 2
+    for place, whole in plain.items():
+        assert torch.equal(put_together(mine, place), whole), place
+
+
+def _first_weights(options: dict[str, Any]) -> dict[tuple, torch.Tensor]:
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    torch.manual_seed(1234)
+    model = build(options)
+    return {(key, place): data.detach() for key, place, data in entries(model, lambda p: p)}
+
+
+def put_together(
+    tensors: dict[tuple, torch.Tensor], wanted: tuple[str, tuple[slice, ...]]
+) -> torch.Tensor:
+    """What a model has at a place of a tensor, which it may hold in pieces."""
+    key, place = wanted
+    whole = torch.full([part.stop - part.start for part in place], torch.nan)
+    for (name, piece), data in tensors.items():
+        if name == key:
+            shifted = [
+                slice(p.start - w.start, p.stop - w.start)
+                for p, w in zip(piece, place, strict=True)
+            ]
+            if all(p.start >= 0 and p.stop <= n for p, n in zip(shifted, whole.shape, strict=True)):
+                whole[tuple(shifted)] = data
+    return whole

@@ -25,8 +25,8 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from megatron_satformer.model.architectures.gate_options import (
@@ -51,7 +51,7 @@ from megatron_satformer.model.architectures.value_residual import (
     replica_defaults,
 )
 from megatron_satformer.model.attention import Fused
-from megatron_satformer.model.gates import ChannelGate, ConstantGate, apply_gate
+from megatron_satformer.model.gates import ChannelGate, ConstantGate, apply_gate, draw_apart
 from megatron_satformer.model.mixing import ELEMENTWISE, gated_sum
 from megatron_satformer.unsupported import Row
 
@@ -89,9 +89,11 @@ class SATFormerAttention(ValueResidualAttention):
         heads, tp = self.num_query_groups_per_partition, self.pg_collection.tp
         start = self.config.value_gate_bias_init
         if self.config.value_gate == CONSTANT:
-            self.value_gate = ConstantGate(self.config, heads, start, tp)
+            self.value_gate = ConstantGate(self.config, heads, start, tp, self.layer_number)
         elif self.config.value_gate == CHANNELS:
-            self.value_gate_up = ChannelGate(self.config, heads, self.gate_rows, start, tp)
+            self.value_gate_up = ChannelGate(
+                self.config, heads, self.gate_rows, start, tp, self.layer_number
+            )
 
     @property
     def _row_counts(self) -> list[int]:
@@ -150,17 +152,17 @@ class SATFormerAttention(ValueResidualAttention):
     @torch.no_grad()
     def _init_gate_rows(self) -> None:
         weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
-        _, gate, padding = weight.split(self._row_counts)
+        _, gate, _ = weight.split(self._row_counts)
         # For backend/muon.py: what the rows are, and those of q, k and v in each group of heads.
         heads, head = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         queries = heads // self.num_query_groups_per_partition * head
         gated = [queries] if self.config.attention_output_gate else []
         weight.qkv_split_shapes = (*self._row_counts,), (queries, *gated, head, head)
         if self.config.perform_initialization:
-            padding.zero_()
-            if self.config.value_gate_init_std is not None:
-                with get_cuda_rng_tracker().fork():
-                    gate.normal_(0.0, self.config.value_gate_init_std)
+            std, tp = self.config.value_gate_init_std, self.pg_collection.tp
+            init = self.config.init_method if std is None else init_method_normal(std)
+            drawn = draw_apart(init, (self.gate_rows, weight.size(1)), self.layer_number)
+            gate.copy_(drawn.chunk(tp.size())[tp.rank()])
         if self._has_bias:
             # linear_qkv has one bias for all its rows: those nobody asked for stay at their 0.
             keep = [self._has_qkv_bias, self.config.value_gate_bias, False]
@@ -253,10 +255,24 @@ def _widened(linear_qkv: Any, gate_rows: int) -> Any:
     def build(hidden_size: int, qkv_rows: int, *, config: SATFormerConfig, **kwargs: Any) -> Any:
         tp = config.tensor_model_parallel_size
         rows = qkv_rows // tp + gate_rows // tp
+        rows += _padding(rows)
         kwargs["bias"] = kwargs["bias"] or config.value_gate_bias
-        return linear_qkv(hidden_size, (rows + _padding(rows)) * tp, config=config, **kwargs)
+        kwargs["init_method"] = partial(_init_first, kwargs["init_method"], qkv_rows // tp, rows)
+        return linear_qkv(hidden_size, rows * tp, config=config, **kwargs)
 
     return build
+
+
+@torch.no_grad()
+def _init_first(
+    init_method: Callable[[Tensor], Any], first: int, rows: int, weight: Tensor
+) -> None:
+    """Fill the first of every `rows` rows, one rank's, as a weight without the others would be."""
+    blocks = weight.view(-1, rows, weight.size(-1))
+    alone = weight.new_empty(len(blocks) * first, weight.size(-1))
+    init_method(alone)
+    weight.zero_()
+    blocks[:, :first] = alone.view(len(blocks), first, -1)
 
 
 _FORMAT = "only torch_dist checkpoints store gates apart"

@@ -32,6 +32,12 @@ def test_loss_and_every_gradient_equal_the_twin(on_ranks, architecture):
     on_ranks(1, f"{RANKS}:equals_reference", {"architecture": architecture})
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@EVERY
+def test_shared_weights_are_equal_for_one_seed(on_ranks, architecture, ranks):
+    on_ranks(ranks, f"{RANKS}:starts_with_shared_weights", {"architecture": architecture})
+
+
 @EVERY
 def test_with_biases_untied_and_without_qk_norm(on_ranks, architecture):
     options = {"architecture": architecture, "add_qkv_bias": True, "qk_layernorm": False}
