@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         "--architectures",
         nargs="+",
         metavar="A",
-        help="the baseline, and what is compared to it; with --hf: all beside transformers' own",
+        help="the baseline, and what is compared to it, controls that records name too; with --hf: "
+        "architectures beside transformers' own",
     )
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)

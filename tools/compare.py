@@ -18,10 +18,10 @@ from megatron_satformer.comparison.report import add_comparisons, write_report
 from megatron_satformer.comparison.run import CompareOptions, Comparison, measure_cost
 from megatron_satformer.comparison.tasks import retrieval_task, text_task
 from megatron_satformer.comparison.trials import TrialError
-from megatron_satformer.comparison.variants import all_variants, find_variants
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.files.locks import open_locked
 from megatron_satformer.model.architectures import PLAIN
+from megatron_satformer.model.variants import all_variants, find_variants
 from megatron_satformer.sizes import SIZES
 
 CORPUS = ("data_path", "tokenizer_type", "tokenizer_model")
@@ -60,7 +60,7 @@ def main() -> int:
     save = args.pop("save")
     if args.pop("smoke"):
         args |= SMOKE
-    variants = find_variants(args.pop("archs"))
+    variants = find_variants(args.pop("archs"), "archs")
     baselines = args.pop("baselines") or [variants[0].name]
     for name in baselines:
         if name not in [variant.name for variant in variants]:

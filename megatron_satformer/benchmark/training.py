@@ -21,6 +21,7 @@ from megatron_satformer.benchmark.saved import bytes_saved
 from megatron_satformer.benchmark.utilization import count_training_flops, peak_flops
 from megatron_satformer.config import DecoderOptions
 from megatron_satformer.model.architectures import PLAIN, find_architecture
+from megatron_satformer.model.variants import find_variants
 
 MEMORY_STEPS = 3
 
@@ -241,8 +242,10 @@ def _build_model(options: BenchmarkOptions, architecture: Any) -> torch.nn.Modul
     if impl == "auto":
         engine = torch.cuda.device_count() > 0 and has_transformer_engine()
         impl = "transformer_engine" if engine else "local"
-    config = find_architecture(architecture).config(
-        architecture=architecture,
+    (variant,) = find_variants([architecture])
+    config = find_architecture(variant.architecture).config(
+        architecture=variant.architecture,
+        **variant.options,
         num_layers=options.num_layers,
         hidden_size=options.hidden_size,
         num_attention_heads=options.num_attention_heads,

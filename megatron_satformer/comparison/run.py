@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_satformer.comparison.tasks import Task
 from megatron_satformer.comparison.trials import Trial, read_result, run_trials
-from megatron_satformer.comparison.variants import Variant
+from megatron_satformer.model.variants import Variant
 from megatron_satformer.quickstart.process import REPOSITORY
 from megatron_satformer.sizes import SIZES
 

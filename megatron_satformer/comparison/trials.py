@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_satformer.comparison.variants import Variant
 from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.files.metrics_file import read_metrics
+from megatron_satformer.model.variants import Variant
 from megatron_satformer.quickstart.process import (
     LIBC,
     PR_SET_PDEATHSIG,

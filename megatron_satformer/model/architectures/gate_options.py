@@ -23,6 +23,14 @@ CONSTANT = "constant"
 VALUE_GATES = (*PUBLISHED, *ALIVE, *CONVEX, CONSTANT)
 OWN_BIAS = (CONSTANT, CHANNELS)  # they have a bias in any case, or are one
 STARTS_SHUT = ("tanh", "identity", CONSTANT)  # 0 at 0, with a gradient there
+# What is asked of a gate, each against the usual one: to start shut, to start open, to leave V_1 a
+# share of its own, to have another function, or no input at all.
+CONTROLS: dict[str, dict[str, Any]] = {
+    "satformer-zero": {"value_gate": "tanh", "value_gate_init_std": 0.0},
+    "satformer-open": {"value_gate_bias": True, "value_gate_bias_init": 1.0},
+    "satformer-offset": {"value_gate_offset": 1.0},
+    **{f"satformer-{gate}": {"value_gate": gate} for gate in VALUE_GATES[1:]},
+}
 
 
 @dataclass

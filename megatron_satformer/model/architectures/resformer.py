@@ -297,6 +297,12 @@ def _is_other_there(options: Any) -> str | None:
 
 _FAR = "its lambdas start far from a Transformer's"
 RESFORMER = Architecture(
+    controls={
+        "resformer-identity": {"resformer_form": "identity"},
+        "resformer-learnable": {"resformer_form": "learnable"},
+        "resformer-sparse": {"resformer_form": "sparse", "value_residual_last_k": 3},
+        "svformer": {"resformer_form": "svformer"},
+    },
     name="resformer",
     mfu=0.231,
     source="arXiv 2410.17897",

@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_satformer.model.architectures.gate_options import (
     CHANNELS,
     CONSTANT,
+    CONTROLS,
     SATFormerConfig,
     SATFormerOptions,
     gate_rows,
@@ -293,6 +294,7 @@ SATFORMER = Architecture(
     layer=ValueResidualLayer,
     carry=carry_v1,
     defaults=replica_defaults,
+    controls=CONTROLS,
     tensors=own_tensors,
     refuses=(
         *REFUSES,

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_satformer.comparison.variants import Variant, all_variants, find_variants
 from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
+from megatron_satformer.model.variants import Variant, all_variants, find_variants
+from tests.models import build_config
 
 
 def test_every_architecture_without_controls_by_default():
@@ -17,6 +18,7 @@ def test_controls_are_options_of_their_architecture():
         names += [name, *record.controls]
         for options in record.controls.values():
             assert options.keys() <= record.own_options.keys()
+            build_config(name, num_layers=4, hidden_size=8, num_attention_heads=2, **options)
     assert list(all_variants()) == names
     assert len(set(names)) == len(names)
 
@@ -30,8 +32,8 @@ def test_flags():
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["gpt"], r"archs \(gpt\) must be of transformer, "),
-        ([PLAIN] * 2, r"archs \(transformer\) must be named once"),
+        (["gpt"], r"architectures \(gpt\) must be of transformer, "),
+        ([PLAIN] * 2, r"architectures \(transformer\) must be named once"),
     ],
 )
 def test_unknown_and_repeated(names, told):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_satformer.model.architectures import all_architectures, find_architecture
+from megatron_satformer.model.architectures import all_architectures
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,14 @@ class Variant:
         return words
 
 
-def find_variants(names: Sequence[str] | None = None) -> list[Variant]:
+def find_variants(
+    names: Sequence[str] | None = None, option: str = "architectures"
+) -> list[Variant]:
     """The variants of these names, or every architecture without its controls.
 
     Args:
         names: architectures, or controls as records name them.
+        option: what gave them, for errors.
 
     Raises:
         ValueError: there is none of a name, or a name is there twice.
@@ -48,9 +51,9 @@ def find_variants(names: Sequence[str] | None = None) -> list[Variant]:
     known = all_variants()
     for name in names:
         if name not in known:
-            raise ValueError(f"archs ({name}) must be of {', '.join(known)}. Name one of them.")
+            raise ValueError(f"{option} ({name}) must be of {', '.join(known)}.")
         if list(names).count(name) > 1:
-            raise ValueError(f"archs ({name}) must be named once. Leave the other out.")
+            raise ValueError(f"{option} ({name}) must be named once. Leave the other out.")
     return [known[name] for name in names]
 
 
@@ -62,13 +65,3 @@ def all_variants() -> dict[str, Variant]:
         for name, options in architecture.controls.items():
             found[name] = Variant(name, architecture.name, options)
     return found
-
-
-def count_parameters(variant: Variant, options: Any) -> int:
-    """Parameters that the variant adds to the plain Transformer.
-
-    Args:
-        variant: of which.
-        options: anything with the architecture's options and Megatron's sizes as attributes.
-    """
-    return find_architecture(variant.architecture).count_parameters(options)
