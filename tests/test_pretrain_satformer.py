@@ -148,5 +148,5 @@ def test_help_has_our_flags_in_groups(pretrain):
     }.items():
         for flag in flags.split():
             assert flag in groups[group]
-    assert shown.count("  --value-residual-last-k") == 1
+    assert len(re.findall("^  --value-residual-last-k", shown, re.MULTILINE)) == 1
     assert "{transformer,resformer,satformer," in groups["decoder"]

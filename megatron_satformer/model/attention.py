@@ -15,14 +15,19 @@ from megatron.core.transformer import attention as megatrons
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_satformer.model.sdpa import ScaledDotProductAttention
+
 
 class DecoderAttention(SelfAttention):
     """SelfAttention whose V is a copy where it would otherwise hold the buffer alone."""
 
     @property
     def is_local(self) -> bool:
-        """Whether its modules are the local backend's; Transformer Engine's are left alone."""
-        return self.config.transformer_impl == "local"
+        """Whether its modules are the local backend's, and its attention reads V of any strides.
+
+        Transformer Engine's are left alone, and Megatron's own attention wants whole rows.
+        """
+        return isinstance(self.core_attention, ScaledDotProductAttention)
 
     # SelfAttention.get_query_key_value_tensors, 0.19.2: the narrowest place where V is whole and
     # neither attention, RoPE nor the KV cache has seen it.

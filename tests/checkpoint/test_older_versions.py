@@ -112,6 +112,11 @@ def test_an_option_that_an_old_checkpoint_does_not_know_has_its_default(saved):
     """What is new in a later version must not change how it is read."""
     args = open_checkpoint(saved / "resformer" / "megatron").args
     del args.value_residual_last_k
-    assert own_options(args) == {"architecture": "resformer", "value_residual_last_k": None}
+    assert own_options(args) == {
+        "architecture": "resformer",
+        "value_residual_last_k": None,
+        "resformer_form": "learnable_plus",
+        "resformer_lambda": None,
+    }
     del args.architecture
     assert own_options(args) == {"architecture": "transformer"}

@@ -19,11 +19,10 @@ import os, sys, time
 from megatron_satformer.files.run_lock import claim
 from tests.small import SHAPE
 claim(sys.argv[1])
-child = os.fork()
-if child:
-    print(child, flush=True)
+if os.fork():
     sys.stdin.read()
 else:
+    print(os.getpid(), flush=True)
     time.sleep(600)
 """
 

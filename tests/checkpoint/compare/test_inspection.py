@@ -9,6 +9,7 @@ from megatron_satformer.checkpoint.compare.inspection import inspect_checkpoint
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
 from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
 from tests.checkpoint import checkpoints
+from tests.models import build_exported_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -61,7 +62,11 @@ def test_what_an_architecture_adds(architecture, tmp_path):
     load = checkpoints.write_checkpoint(tmp_path / "ckpt", twin, stacked=record.config.layers_alike)
     export_to_hf(load, tmp_path / "hf")
     reports = [inspect_checkpoint(tmp_path / name) for name in ("ckpt", "hf")]
-    assert [report.parameters["own"] for report in reports] == [sizes[0] - sizes[1]] * 2
+    own = record.all_tensors(build_exported_config(twin.config))
+    tables = sum(tensor.shape[1] for _, tensor in own if tensor.packing == "vocabulary")
+    padding = (checkpoints.PADDED - checkpoints.VOCABULARY) * tables
+    added = sizes[0] - sizes[1]
+    assert [report.parameters["own"] for report in reports] == [added + padding, added]
     shown = {n: getattr(twin.config, n) for n in record.model_options}
     shown = {name: value for name, value in shown.items() if value not in (None, False)}
     shown["architecture"] = architecture

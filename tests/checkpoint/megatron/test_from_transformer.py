@@ -179,7 +179,7 @@ def test_what_cannot_start_is_one_clear_line(
         "satformer": common[common.index("--load") + 1],
         "empty": tmp_path,
     }
-    flags = [*SHAPE, *GQA, *data_flags, "--train-iters", 1]
+    flags = [*transformer[0], "--train-iters", 1]
     run = pretrain(1, *flags, *given.format(**folders).split(), code=2)
     told = [line for line in run.output.splitlines() if "error: " in line]
     assert len(told) == 1, run.output[-3000:]

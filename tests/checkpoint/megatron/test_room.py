@@ -27,6 +27,7 @@ def test_the_size_of_a_checkpoint_is_told(pretrain, data_flags, tmp_path, extra)
 def room(tmp_path, monkeypatch, **options):
     given = {"save": str(tmp_path), "train_iters": 100, "train_samples": None, "keep_last": None}
     given |= {"save_interval": 10, "save_retain_interval": None, "global_batch_size": 8}
+    given["dry_run"] = False
     monkeypatch.setattr(checked, "expected_bytes", lambda *_: 10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=options.pop("free")))
     check_room(Namespace(**given | options), Namespace(multi_latent_attention=False))
