@@ -2,7 +2,13 @@
 
 import torch
 
-from megatron_satformer.backend import cpu, dataset_helper, distributed_optimizer, muon
+from megatron_satformer.backend import (
+    cpu,
+    dataset_helper,
+    distributed_optimizer,
+    muon,
+    sharded_saves,
+)
 
 
 def choose_device(wanted: str) -> bool:
@@ -28,5 +34,6 @@ def choose_device(wanted: str) -> bool:
         cpu.activate()
     dataset_helper.activate()
     distributed_optimizer.activate()
+    sharded_saves.activate()
     muon.activate()
     return cuda

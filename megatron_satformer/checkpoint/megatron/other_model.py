@@ -36,6 +36,8 @@ LAYOUT = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
 )
+# What says which parameters a rank has, and what it is where it was not given.
+ON_A_RANK = dict.fromkeys(LAYOUT, 1) | {"v1_transport": "carry"}
 PRECISION = ("bf16", "fp16")
 START = "Give its folder as --pretrained-checkpoint, which is read until --load holds a checkpoint."
 
@@ -176,8 +178,8 @@ def find_other_optimizer(args: Namespace, saved: Namespace, source: Source) -> I
         yield refuse("expert_model_parallel_size", theirs, mine, told)
     if not distributed or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
-    for option in LAYOUT:
-        mine, theirs = getattr(args, option) or 1, getattr(saved, option, None) or 1
+    for option, default in ON_A_RANK.items():
+        mine, theirs = (getattr(a, option, None) or default for a in (args, saved))
         if mine != theirs:
             told = (
                 f"that of {source}, which is ({theirs}): its optimizer state was saved without "

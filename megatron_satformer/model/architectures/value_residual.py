@@ -94,11 +94,6 @@ def refuse_beside_replicas(options: Any) -> None:
                 f"{option} ({value}) must be {allowed} with v1_transport (recompute): {why}. "
                 "Change it, or use --v1-transport carry."
             )
-    if getattr(options, "save", None):
-        raise ValueError(
-            f"save ({options.save}) must not come with v1_transport (recompute): replicas "
-            "cannot be kept out of what is saved yet. Use --v1-transport carry."
-        )
 
 
 def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
@@ -121,10 +116,10 @@ def refuse_split_heads(groups: int, tp: int, carried: str) -> None:
 
 
 def replica_defaults(preview: Any) -> dict[str, Any]:
-    """Defaults of other flags where replicas have small buckets of their own.
+    """Defaults of other flags where replicas have buckets of their own.
 
-    Some data-parallel ranks hold padding of such alone: Megatron's other format of the distributed
-    optimizer's state dies of that at the first save.
+    Megatron's other format of the distributed optimizer's state keeps every bucket, so replicas'
+    too, and dies of one of which a data-parallel rank holds padding alone.
     """
     small = preview.v1_transport == "recompute" and preview.use_distributed_optimizer
     return {"dist_ckpt_optim_fully_reshardable": True} if small else {}

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megatron_satformer.model.architectures import find_architecture
 from tests.models import build_config
-from tests.parallel.layouts import CARRYING, GATED, READING
+from tests.parallel.layouts import CARRYING, FORMS, FROM_IDS, GATED, READING, VIRTUAL
 from tests.small import DO, PP2, RTOL, TP2
 
 # Odd sizes: rows of linear_qkv need padding at every tensor-parallel size, 12 rows at TP1, 14 of
@@ -25,18 +25,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 TP4, PP4 = "--tensor-model-parallel-size 4", "--pipeline-model-parallel-size 4"
 HOME = (4, f"{TP2} {PP2} {DO} {RESHARDABLE}")
+TWO = "PP2 x 2 virtual"
+# Several chunks of a rank have copies of what is shared, which data-parallel ranks write.
+SHARED = "PP2 x 2 virtual x DP2"
 LAYOUTS = {
     "TP1": (1, ""),
-    "PP2 x 2 virtual": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    TWO: (2, f"{PP2} {VIRTUAL}"),
+    SHARED: (4, f"{PP2} {VIRTUAL}"),
     "TP4": (4, TP4),
     "PP4": (4, PP4),
     "DP4": (4, ""),
 }
-FAST = [(name, layout) for name in GATED for layout in ("PP2 x 2 virtual",)]
+FAST = [(name, layout) for name in GATED for layout in (TWO,)]
 CASES = [
     pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
     for name in (*CARRYING, *READING)
-    for layout in (LAYOUTS if name in GATED else ("TP4", "PP2 x 2 virtual"))
+    for layout in (LAYOUTS if name in GATED else ("TP4", SHARED if name in FORMS else TWO))
 ]
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": (H,),
@@ -217,6 +221,7 @@ def fixed_layout(pretrain, data_flags, tmp_path_factory):
     [
         (DO, "pipeline_model_parallel_size (1) must be that of the checkpoint in load"),
         ("", "use_distributed_optimizer (False) must be that of the checkpoint in load"),
+        (f"{DO} {FROM_IDS}", "(The table above has 1 more.)"),
     ],
 )
 def test_optimizer_state_of_one_layout_is_refused_in_another(fixed_layout, pretrain, flags, told):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.parallel.layouts import CARRYING, READING
+from tests.parallel.layouts import CARRYING, FROM_IDS, READING
 from tests.small import DO, PP2, SHAPE, SP, TP2
 
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
@@ -25,6 +25,7 @@ SLOW = pytest.mark.slow
         pytest.param(2, f"{DO} {DROPOUT}", marks=SLOW),
         pytest.param(2, f"{DO} {FP16}", marks=SLOW),
         pytest.param(2, VIRTUAL, marks=SLOW),
+        pytest.param(2, f"{PP2} {FROM_IDS}", marks=SLOW),
         pytest.param(2, f"{PP2} {DO} {ASYNC}", marks=SLOW),
         *(
             pytest.param(2, f"{DO} --architecture {name}", marks=SLOW)
