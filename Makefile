@@ -73,8 +73,10 @@ $(VLLM)/complete: constraints-vllm.txt | install
 test-gpu: install ## everything that the GPUs here allow, into gpu_report.json
 	$(BIN)/python tests/gpu/suite.py $(ARGS)
 
-parity: install ## measure every parallel layout against one rank, into docs/parallelism.md
-	$(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py --matrix-table=docs/parallelism.md $(ARGS)
+parity: install ## every cell of what CI runs a part of: layouts against one rank, into docs/parallelism.md
+	EVERY_CELL=1 $(BIN)/python -m pytest -m "" tests/parallel/test_matrix.py tests/parallel/test_payload.py \
+		tests/parallel/test_liveness.py tests/checkpoint/megatron/test_resharding.py \
+		tests/checkpoint/exported/test_transformers_suite.py --matrix-table=docs/parallelism.md $(ARGS)
 
 lint: install ## ruff, mypy and shellcheck
 	$(BIN)/python -m ruff format --check

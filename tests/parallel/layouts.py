@@ -1,5 +1,6 @@
 """The rows of the parity matrix: every way to cut the model that must train like one rank."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,10 @@ LIGHT += tuple(a.name for a in all_architectures() if a.name in CARRYING and not
 OFTEN = tuple(name for name in CARRYING if name not in LIGHT)
 FORMS = tuple(a.name for a in all_architectures() if "resformer_form" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
+# Whether cells run that others stand for elsewhere; `make parity` asks for it.
+EVERY_CELL = "EVERY_CELL" in os.environ
+# Exported classes that go through the tests of transformers.
+EXPORTED = EVERY if EVERY_CELL else (*GATED, *STREAMED, *LIGHT)
 
 
 def some_fast(names: Iterable[str]) -> list[Any]:
@@ -93,37 +98,37 @@ ROWS = (
     Row("PP4", 4, PP4, few=OFTEN + LIGHT),
     Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=GATED, few=OFTEN + LIGHT),
     Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8", few=CARRYING),
-    Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3"),
-    Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3"),
+    Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3", few=GATED),
+    Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3", few=GATED),
     Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=GATED),
-    Row("PP2 x 2, layout Et||ttt|L", 2, f"{PP2} {LAYOUT} Et||ttt|L"),
+    Row("PP2 x 2, layout Et||ttt|L", 2, f"{PP2} {LAYOUT} Et||ttt|L", few=GATED),
     Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=GATED),
-    Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L"),
+    Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L", few=GATED),
     Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
     Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=GATED, few=OFTEN + LIGHT),
     Row("TP2 x PP2 x DP2, distributed optimizer", 8, f"{TP2} {PP2} {OPTIMIZER}", fast=GATED),
     Row("TP2 x PP2 x DP2 + SP, distributed optimizer", 8, f"{TP2} {PP2} {SP} {OPTIMIZER}"),
     Row("DP2, distributed optimizer", 2, OPTIMIZER, fast=GATED),
-    Row("DP4", 4, ""),
-    Row("DP4, distributed optimizer", 4, OPTIMIZER),
+    Row("DP4", 4, "", few=GATED),
+    Row("DP4, distributed optimizer", 4, OPTIMIZER, few=GATED),
     Row("PP2 x 2 virtual x DP2, distributed optimizer", 4, f"{PP2} {VIRTUAL} {OPTIMIZER}"),
     Row(
         "PP4 x DP2, layout E|tt|tt|L, distributed optimizer",
         8,
         f"{PP4} {LAYOUT} E|tt|tt|L {OPTIMIZER}",
     ),
-    Row("PP2, 8 micro-batches", 2, f"{PP2} --micro-batch-size 1"),
+    Row("PP2, 8 micro-batches", 2, f"{PP2} --micro-batch-size 1", few=GATED),
     Row(
         "PP2 x 2 virtual, groups of 3 of 8 micro-batches",
         2,
         f"{PP2} {VIRTUAL} --micro-batch-size 1 {GROUPS_OF_3}",
     ),
     Row("recompute full, uniform", 1, UNIFORM),
-    Row("recompute full, block", 1, BLOCK),
-    Row("recompute selective", 1, SELECTIVE),
+    Row("recompute full, block", 1, BLOCK, few=GATED),
+    Row("recompute selective", 1, SELECTIVE, few=GATED),
     Row("PP2, recompute full, uniform", 2, f"{PP2} {UNIFORM}", fast=GATED, few=CARRYING),
-    Row("PP2, recompute full, block", 2, f"{PP2} {BLOCK}"),
-    Row("PP2, recompute selective", 2, f"{PP2} {SELECTIVE}"),
+    Row("PP2, recompute full, block", 2, f"{PP2} {BLOCK}", few=GATED),
+    Row("PP2, recompute selective", 2, f"{PP2} {SELECTIVE}", few=GATED),
     Row(
         "PP2 x 2 virtual, recompute full, uniform",
         2,
@@ -262,6 +267,6 @@ ROWS = (
             ("PP2, loss per token", 2, PP2, PER_TOKEN, (), ()),
         )
     ),
-    Row("DP2, loss per token", 2, "", PER_TOKEN),
+    Row("DP2, loss per token", 2, "", PER_TOKEN, few=GATED),
     Row("TP2 x PP2, loss per token", 4, f"{TP2} {PP2}", PER_TOKEN),
 )

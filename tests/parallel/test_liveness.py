@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from megatron_satformer.model.architectures import PLAIN
-from tests.parallel.layouts import CARRYING, GATED, MIXING, OFTEN
+from tests.parallel.layouts import CARRYING, EVERY_CELL, GATED, MIXING, STREAMED
 from tests.small import PP2, SHAPE
 
 MICRO_BATCHES = 4  # as SHAPE has them
@@ -36,6 +36,7 @@ class Layout:
         return min(warm_up + 1, self.virtual * MICRO_BATCHES)
 
 
+FEW = ("PP4", "PP2 x 2 virtual, uniform recompute")  # of those that others stand for
 LAYOUTS = {
     "one rank": Layout(""),
     "one rank, uniform recompute": Layout(f"{FULL} uniform"),
@@ -57,13 +58,8 @@ LAYOUTS = {
 CASES = [
     (name, architecture)
     for name, layout in LAYOUTS.items()
-    for architecture in (MIXING if layout.model else OFTEN)
-]
-CASES += [
-    (layout, name)
-    for layout in ("PP4", "PP2 x 2 virtual, uniform recompute")
-    for name in CARRYING
-    if name not in OFTEN
+    for architecture in (MIXING if layout.model else CARRYING)
+    if EVERY_CELL or architecture in (*GATED, *STREAMED) or layout.model or name in FEW
 ]
 FAST = [(layout, name) for layout in ("PP2", "PP2 x 2 virtual") for name in GATED]
 

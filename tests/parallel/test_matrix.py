@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.layouts import GATED, OPTIMIZER, OURS, PP2, ROWS, SP, TP2, Row
+from tests.parallel.layouts import EVERY_CELL, GATED, OPTIMIZER, OURS, PP2, ROWS, SP, TP2, Row
 from tests.small import RTOL
 
 BF16_RTOL = 2e-2  # gradients are accumulated in fp32
@@ -35,7 +35,7 @@ def runs_everywhere(row, architecture):
 def pytest_generate_tests(metafunc):
     if "row" not in metafunc.fixturenames:
         return
-    whole = metafunc.config.getoption("--matrix-table") is not None
+    whole = EVERY_CELL or metafunc.config.getoption("--matrix-table") is not None
     cells = [
         pytest.param(
             row,

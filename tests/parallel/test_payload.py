@@ -15,7 +15,7 @@ import pytest
 
 from megatron_satformer.model.architectures import PLAIN, TABLE, find_architecture
 from tests.models import build_config
-from tests.parallel.layouts import DILATED, GATED, LIGHT, MIXING, WITH_HEADS
+from tests.parallel.layouts import DILATED, EVERY_CELL, GATED, MIXING, STREAMED, WITH_HEADS
 from tests.small import PP2, SHAPE, SP, TP2
 
 HIDDEN, SEQUENCE, BATCH, MICRO_BATCHES = 64, 64, 2, 4  # as SHAPE has them
@@ -228,7 +228,8 @@ FEW = ("PP4", "TP2 x PP2 x 2 virtual + SP", "PP4, Et|tt|t|L")  # of those that o
         pytest.param(layout, model, marks=() if (layout, model) in FAST else pytest.mark.slow)
         for layout in LAYOUTS
         for model in MODELS
-        if MODELS[model].architecture not in LIGHT
+        if EVERY_CELL
+        or MODELS[model].architecture in (PLAIN, *GATED, *STREAMED)
         or (layout in FEW and ("GQA" in model or model not in WITH_HEADS))
     ],
 )

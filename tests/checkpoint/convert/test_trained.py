@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
-from megatron_satformer.model.architectures import TABLE
+from megatron_satformer.model.architectures import PLAIN, TABLE
 from tests.checkpoint.inputs import read_ids
+from tests.parallel.layouts import OFTEN
 
 TOLERANCE = 1e-4  # fp32, of a logit
 GQA = "--group-query-attention --num-query-groups 2"
@@ -16,7 +17,7 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 CASES = {
     **{f"{name} tp2": (2, f"--architecture {name} {GQA} {TP2}") for name in TABLE},
-    **{f"{name} pp2": (2, f"--architecture {name} {GQA} {PP2}") for name in TABLE},
+    **{f"{name} pp2": (2, f"--architecture {name} {GQA} {PP2}") for name in (PLAIN, *OFTEN)},
     "satformer": (1, GQA),
     "satformer bf16": (1, f"{GQA} --bf16"),
     "satformer pp2 tanh": (2, f"{PP2} --value-gate tanh"),

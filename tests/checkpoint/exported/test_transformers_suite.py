@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from transformers import __version__ as VERSION
 
-from megatron_satformer.model.architectures import TABLE
+from tests.parallel.layouts import EXPORTED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
@@ -110,7 +110,7 @@ def test_their_own_model_passes(outcomes):
     assert theirs.count("passed") > 120
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", EXPORTED)
 def test_passes_what_qwen3_passes(outcomes, architecture):
     theirs, ours = outcomes["qwen3"], outcomes[architecture]
     assert theirs.keys() == ours.keys()

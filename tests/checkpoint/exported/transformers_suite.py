@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 
 import tests.architectures  # noqa: F401  # one more in the table
 from megatron_satformer.checkpoint.hugging_face.code import model_class
-from megatron_satformer.model.architectures import TABLE
+from tests.parallel.layouts import EXPORTED
 
 SHAPE = {
     "vocab_size": 99,
@@ -201,7 +201,7 @@ QWEN3 = SimpleNamespace(
     causal=Qwen3ForCausalLM,
     sequence=Qwen3ForSequenceClassification,
 )
-for name, classes in {"qwen3": QWEN3, **{name: find_classes(name) for name in TABLE}}.items():
+for name, classes in {"qwen3": QWEN3, **{name: find_classes(name) for name in EXPORTED}}.items():
     models = (classes.base, classes.causal, classes.sequence)
     globals()[name] = type(
         name,
