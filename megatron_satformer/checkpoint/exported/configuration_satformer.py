@@ -27,7 +27,6 @@ class SATFormerConfig(ValueResidualConfig):
     model_type = "satformer"
     base_model_tp_plan: ClassVar[dict[str, str]] = DecoderConfig.base_model_tp_plan | {
         "layers.*.self_attn.value_gate": "colwise",
-        "layers.*.self_attn.value_gate_up": "colwise",
     }
 
     architecture: str = "satformer"
@@ -39,6 +38,9 @@ class SATFormerConfig(ValueResidualConfig):
     def __post_init__(self, **kwargs):
         if self.value_gate not in VALUE_GATES:
             raise ValueError(f"value_gate ({self.value_gate}) must be one of {VALUE_GATES}.")
+        if self.value_gate == "lerp_channels":
+            up = {"layers.*.self_attn.value_gate_up": "colwise"}
+            self.base_model_tp_plan = self.base_model_tp_plan | up  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @property

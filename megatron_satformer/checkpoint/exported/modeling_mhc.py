@@ -12,6 +12,7 @@ the tokens at hand are all that a layer needs.
 Shapes: b batch, s sequence, h hidden, n streams.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -31,10 +32,18 @@ from .modeling_decoder import (
 EPS = 1e-6  # the least of softmax, from which Sinkhorn's rounds go on
 
 
-def project_normed(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm(vec X) weight^T in float32: [b, s, n, h] -> [b, s, k]."""
+def project_normed(streams: Tensor, project: Callable[[Tensor], Tensor], eps: float) -> Tensor:
+    """The projection of RMSNorm(vec X) in float32: [b, s, n, h] -> [b, s, k]."""
     flat = streams.flatten(-2).float()
-    return (flat @ weight.float().t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    return project(flat) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+
+
+class Float32Linear(nn.Linear):
+    """A linear that computes in float32; called as a module, so that offloaded weights come."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], float32."""
+        return nn.functional.linear(x, self.weight.float())
 
 
 class MHCConnection(nn.Module):
@@ -45,7 +54,7 @@ class MHCConnection(nn.Module):
         n = config.hc_streams
         self.streams, self.rounds = n, config.mhc_sinkhorn_iterations
         self.plain, self.eps = config.mhc_residual == "plain", config.rms_norm_eps
-        self.mapping_proj = nn.Linear(n * config.hidden_size, n * n + 2 * n, bias=False)
+        self.mapping_proj = Float32Linear(n * config.hidden_size, n * n + 2 * n, bias=False)
         self.alpha_pre, self.alpha_post, self.alpha_res = (
             nn.Parameter(torch.empty(1)) for _ in range(3)
         )
@@ -64,7 +73,7 @@ class MHCConnection(nn.Module):
         counts = [n, n, n * n]
         alphas = (self.alpha_pre, self.alpha_post, self.alpha_res)
         alpha = torch.cat([a.float().expand(k) for a, k in zip(alphas, counts, strict=True)])
-        logits = alpha * project_normed(streams, self.mapping_proj.weight, self.eps)
+        logits = alpha * project_normed(streams, self.mapping_proj, self.eps)
         pre, post, res = (logits + self.bias.float()).split(counts, dim=-1)
         matrix = res.unflatten(-1, (n, n)).softmax(-1) + EPS
         matrix = matrix / matrix.sum(-2, keepdim=True)
@@ -95,7 +104,9 @@ class MHCHead(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """X [b, s, n, h] -> [b, s, h] in float32."""
-        logits = self.scale.float() * project_normed(streams, self.fn, self.eps)
+        logits = self.scale.float() * project_normed(
+            streams, lambda x: x @ self.fn.float().t(), self.eps
+        )
         weights = (logits + self.base.float()).sigmoid()
         return (weights.unsqueeze(-2) @ streams.float()).squeeze(-2)
 

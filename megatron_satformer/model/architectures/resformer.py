@@ -122,13 +122,13 @@ class ResFormerAttention(ValueResidualAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self._blended: Remade | None = None
         if self.mixes:
             for tensor in own_tensors(config, layer_number):
                 name = tensor.megatron.rpartition(".")[2]
                 self.register_parameter(name, head_coefficients(config, LAMBDA_INIT))  # [1]
             # In a tuple, so that the chunk owns the shared parameters and not every layer.
             self._shared: tuple[SharedLambdas, ...] = ()
-            self._blended: Remade | None = None
             self.linear_proj.register_forward_pre_hook(self._forget_blended)
 
     def blend(self, value: Tensor, v1: Tensor) -> Tensor:
@@ -144,6 +144,14 @@ class ResFormerAttention(ValueResidualAttention):
                 parts = [tensor.detach() for tensor in (own, value, first, v1)]
             self._blended = Remade(blended, partial(_write_blended, *parts))
         return blended
+
+    # SelfAttention.forward, 0.19.2: a call that fails in attention leaves nothing on the module.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As SelfAttention's."""
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._blended = None
 
     def _forget_blended(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         # What linear_proj reads comes behind attention, recomputed or not.

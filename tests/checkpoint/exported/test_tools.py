@@ -35,8 +35,9 @@ def test_layers_on_other_devices(architecture, tmp_path):
         **dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu"),
         **{f"model.layers.{n}": "disk" if n in (1, 3) else "cpu" for n in range(4)},
     }
-    if hasattr(model.model, "value_residual"):
-        places["model.value_residual"] = "disk"
+    own = {name for name, _ in model.model.named_children()} - {"layers"}
+    own -= {place.rpartition(".")[2] for place in places}
+    places |= {f"model.{name}": "disk" for name in own}  # what belongs to the whole model
     on_disk = dispatch_model(
         copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path / "disk"
     )
