@@ -76,8 +76,10 @@ def main() -> int:
     open_locked(save / "lock", os.O_RDWR | os.O_CREAT, busy)
     tasks = [text_task(**(corpus if corpus["data_path"] else build_corpus(save)), split=split)]
     if wanted:
-        length = SIZES[options.size].seq_length
-        data = build_retrieval(save, wanted, length)
+        size = SIZES[options.size]
+        length, batch = size.seq_length, size.global_batch_size
+        examples = (options.steps * batch,) if options.steps else ()
+        data = build_retrieval(save, wanted, length, *examples)
         tasks += [retrieval_task(name, data, length) for name in wanted]
     comparison = Comparison(save, options, variants, {task.name: task for task in tasks})
     try:

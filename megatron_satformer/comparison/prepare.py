@@ -10,7 +10,8 @@ from tqdm import tqdm
 from megatron_satformer.quickstart.process import REPOSITORY
 
 VOCAB_SIZE = 4096
-TRAIN_EXAMPLES, TEST_EXAMPLES = 40_000, 500
+TRAIN_EXAMPLES, TEST_EXAMPLES = 20_000, 500
+WORDS = 1024  # of the vocabulary of retrieval tasks
 
 
 def build_corpus(root: Path) -> dict[str, str]:
@@ -47,7 +48,7 @@ def build_retrieval(
     """
     folder = root / f"retrieval_{length}_{train}_{'_'.join(tasks)}"
     flags = f"--tasks {' '.join(tasks)} --lengths {length} --train {train}"
-    flags += f" --valid {TEST_EXAMPLES} --test {TEST_EXAMPLES}"
+    flags += f" --valid {TEST_EXAMPLES} --test {TEST_EXAMPLES} --vocab-size {WORDS}"
     make(folder, f"tools/make_retrieval_data.py --save {folder} {flags}")
     return folder
 
