@@ -6,6 +6,7 @@ token of its own, also where the tokenizer's template puts one there already.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -189,6 +190,10 @@ def _run_lm_eval(ours: Mapping[str, Any], flags: Sequence[str]) -> None:
     _register()
     words = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in ours.items()]
     program, sys.argv = sys.argv, ["lm_eval", "run", *words, "--log_samples", *flags]
+    # Its bootstrap would fork this process, whose other threads may hold a lock: that can hang.
+    method = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(["__main__", "lm_eval.api.metrics"])
     try:
         command = HarnessCLI()
         args = command.parse_args()
@@ -203,6 +208,7 @@ def _run_lm_eval(ours: Mapping[str, Any], flags: Sequence[str]) -> None:
         command.execute(args)
     finally:
         sys.argv = program
+        multiprocessing.set_start_method(method, force=True)
 
 
 @cache
