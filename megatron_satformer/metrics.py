@@ -30,7 +30,7 @@ from megatron.training.utils import is_last_rank
 from megatron_satformer.benchmark.utilization import peak_flops
 from megatron_satformer.files.atomic import write_atomically
 from megatron_satformer.files.metrics_file import MetricsFile
-from megatron_satformer.model.gate_stats import GateStats
+from megatron_satformer.model.gate_stats import Gates, GateStats
 
 METRICS, ARGUMENTS = "metrics.jsonl", "arguments.txt"
 BOARD = "--tensorboard-dir"
@@ -95,7 +95,8 @@ def activate(args: Namespace, cuda: bool) -> list[Callable[..., Any]]:
         `pre_wrap_hooks` of Megatron's, for what is to be seen inside of the model.
     """
     every = args.log_gates_interval
-    gates = GateStats(args.num_layers, every) if every else None
+    heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    gates = GateStats(args.num_layers, heads, every) if every else None
     metrics = RunMetrics(device_peak(cuda), gates)
     training.training_log = metrics.log
     training.print_rank_last = metrics.print_line
@@ -172,11 +173,16 @@ class RunMetrics:
         gates = stats.take(step)  # on all ranks
         if not (gates and is_last_rank()):
             return
-        means = {layer: found.mean for layer, found in gates.items()}
-        zeros = {layer: found.zeros for layer, found in gates.items()}
-        self._write({"step": step, "split": "gates", "alpha_mean": means, "alpha_zeros": zeros})
-        curves = {f"alpha mean/layer {layer}": mean for layer, mean in means.items()}
-        curves |= {f"alpha zeros/layer {layer}": share for layer, share in zeros.items()}
+        found = {
+            f"alpha_{name}": {layer: getattr(of, name) for layer, of in gates.items()}
+            for name in Gates._fields
+        }
+        self._write({"step": step, "split": "gates"} | found)
+        curves = {
+            f"{name.replace('_', ' ')}/layer {layer}": value
+            for name, layers in found.items()
+            for layer, value in layers.items()
+        }
         if writer := training.get_tensorboard_writer():
             for name, value in curves.items():
                 writer.add_scalar(name, value, step)

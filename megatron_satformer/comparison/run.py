@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_satformer.comparison.tasks import Task
 from megatron_satformer.comparison.trials import Trial, read_result, run_trials
+from megatron_satformer.model.architectures import find_architecture
 from megatron_satformer.model.variants import Variant
 from megatron_satformer.quickstart.process import REPOSITORY
 from megatron_satformer.sizes import SIZES
@@ -158,6 +159,8 @@ class Comparison:
             f"--model-size {self.options.size} --log-interval {max(1, steps // 50)} "
             f"--eval-interval {max(1, steps // EVALUATIONS)} --num-workers 0"
         ).split()
+        if "log_gates_interval" in find_architecture(variant.architecture).own_options:
+            flags += ["--log-gates-interval", str(max(1, steps // 50))]
         flags += self.tasks[task].flags
         return Trial(task, variant, seed, lr, steps, tuple(flags), self.options.ranks)
 

@@ -145,7 +145,7 @@ def read_result(trial: Trial, root: Path) -> dict[str, Any]:
 
 
 def _curves(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    curves: dict[str, Any] = {"train": [], "validation": [], "step_seconds": None}
+    curves: dict[str, Any] = {"train": [], "validation": [], "step_seconds": None, "dead": []}
     seconds = []
     for record in records:
         if record["split"] == "train":
@@ -154,6 +154,8 @@ def _curves(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         elif record["split"] in ("validation", "final validation"):
             points = [p for p in curves["validation"] if p[0] != record["step"]]
             curves["validation"] = [*points, [record["step"], record["lm_loss"]]]
+        elif record["split"] == "gates":
+            curves["dead"].append([record["step"], sum(record["alpha_dead"].values())])
     if seconds:
         curves["step_seconds"] = sorted(seconds)[len(seconds) // 2]
     return curves

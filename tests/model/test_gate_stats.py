@@ -33,6 +33,7 @@ def test_every_layout_tells_the_same(started, pretrain, ranks, layout):
         for name in ("alpha_mean", "alpha_zeros"):
             assert list(record[name]) == ["2", "3", "4"]  # layer 1 makes V1
             assert split[step][name] == pytest.approx(record[name], rel=RTOL, abs=1e-3)
+        assert split[step]["alpha_dead"] == record["alpha_dead"]
     assert len({str(record["alpha_mean"]) for record in one.values()}) == 2
 
 
@@ -54,6 +55,14 @@ def test_figures_are_those_of_the_gate(pretrain, data_flags, gate, mean, zeros):
             assert least - 1e-5 <= value <= most + 1e-5
             board = run.scalars(f"{name.replace('_', ' ')}/layer {layer}")
             assert board == {1: pytest.approx(value)}
+
+
+def test_heads_that_are_shut_for_every_token_are_dead(pretrain, data_flags):
+    """A bias far below 0 shuts all heads of the layers that mix, whichever rank has them."""
+    flags = [*SHAPE, *data_flags, "--train-iters", 1, "--log-gates-interval", 1]
+    flags += ["--value-gate-bias", "--value-gate-bias-init", -100, *TP2.split()]
+    (record,) = gates_of(pretrain(2, *flags)).values()
+    assert record["alpha_dead"] == {"2": 4, "3": 4, "4": 4}
 
 
 def test_an_architecture_without_gates_is_refused(pretrain, data_flags):
