@@ -168,7 +168,7 @@ class Comparison:
         """Measures a few steps of every variant, and how many of them fit into the budget."""
         first = next(iter(self.tasks))
         probes = [
-            self._trial(first, v, self.options.rates[0], 0, PROBE_STEPS) for v in self.variants
+            self._trial(first, v, self.options.rates[0], steps=PROBE_STEPS) for v in self.variants
         ]
         tqdm.write(f"measuring {PROBE_STEPS} steps of each variant")
         run_trials(probes, self.root / "probes", self.slots, _take_seconds)
