@@ -24,7 +24,7 @@ SMALLEST = {
     lr_decay_samples eval_global_batch_size eval_micro_batch_size train_iters train_samples
     save_activations_interval save_tokens_per_expert_interval save_wgrads_interval
     save_dgrads_interval train_sync_interval non_persistent_save_interval keep_last
-    exit_duration_in_mins""",
+    exit_duration_in_mins seed""",
     0: """eval_interval eval_iters exit_interval num_workers lr_warmup_iters lr_warmup_samples
     lr min_lr lr_warmup_init lr_warmup_fraction lr_wsd_decay_iters lr_wsd_decay_samples
     weight_decay clip_grad start_eval_at_iter manual_gc_interval skip_nan_steps""",
