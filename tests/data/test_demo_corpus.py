@@ -61,6 +61,7 @@ def test_documents(documents: list[dict[str, str]]) -> None:
     assert "Of Mans First Disobedience" in text
 
 
+@pytest.mark.slow
 def test_no_two_documents_are_near_duplicates(documents: list[dict[str, str]]) -> None:
     owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
     sizes = []

@@ -55,6 +55,7 @@ LIGHT += tuple(a.name for a in all_architectures() if a.name in CARRYING and not
 OFTEN = tuple(name for name in CARRYING if name not in LIGHT)
 FORMS = tuple(a.name for a in all_architectures() if "resformer_form" in a.own_options)
 GATED = tuple(a.name for a in all_architectures() if "value_gate" in a.own_options)
+SOME = GATED + STREAMED + SOURCED + DILATED
 # Whether cells run that others stand for elsewhere; `make parity` asks for it.
 EVERY_CELL = "EVERY_CELL" in os.environ
 # Exported classes that go through the tests of transformers.
@@ -90,19 +91,19 @@ class Row:
 
 
 ROWS = (
-    Row("TP2", 2, TP2, fast=GATED),
-    Row("TP4", 4, TP4),
+    Row("TP2", 2, TP2, fast=GATED, few=STREAMED),
+    Row("TP4", 4, TP4, few=GATED),
     Row("TP2 + SP", 2, f"{TP2} {SP}", few=OFTEN + LIGHT),
-    Row("TP4 + SP", 4, f"{TP4} {SP}", fast=GATED),
+    Row("TP4 + SP", 4, f"{TP4} {SP}", few=GATED + STREAMED),
     Row("PP2", 2, PP2, fast=(PLAIN, *GATED), few=OFTEN + LIGHT),
-    Row("PP4", 4, PP4, few=OFTEN + LIGHT),
+    Row("PP4", 4, PP4, few=SOME),
     Row("PP2 x 2 virtual", 2, f"{PP2} {VIRTUAL}", fast=GATED, few=OFTEN + LIGHT),
-    Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8", few=CARRYING),
+    Row("PP4 x 2 virtual, 8 layers", 4, f"{PP4} {VIRTUAL}", "--num-layers 8", few=SOME),
     Row("PP2, first stage 3 layers", 2, f"{PP2} --decoder-first-pipeline-num-layers 3", few=GATED),
     Row("PP2, last stage 3 layers", 2, f"{PP2} --decoder-last-pipeline-num-layers 3", few=GATED),
-    Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L", fast=GATED),
+    Row("PP4, layout E|tt|tt|L", 4, f"{PP4} {LAYOUT} E|tt|tt|L"),
     Row("PP2 x 2, layout Et||ttt|L", 2, f"{PP2} {LAYOUT} Et||ttt|L", few=GATED),
-    Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L", fast=GATED),
+    Row("PP2 x 2, layout E|tt|tt|L", 2, f"{PP2} {LAYOUT} E|tt|tt|L"),
     Row("PP2 x 3, layout E||tt|t|t|L", 2, f"{PP2} {LAYOUT} E||tt|t|t|L", few=GATED),
     Row("TP2 x PP2", 4, f"{TP2} {PP2}"),
     Row("TP2 x PP2 + SP", 4, f"{TP2} {PP2} {SP}", fast=GATED, few=OFTEN + LIGHT),
@@ -142,7 +143,6 @@ ROWS = (
         PP4,
         "--value-residual-last-k 1",
         MIXING,
-        fast=MIXING,
     ),
     Row("PP2, last_k 2: the last stage alone mixes", 2, PP2, "--value-residual-last-k 2", MIXING),
     Row(
@@ -158,7 +158,6 @@ ROWS = (
         PP4,
         f"--num-layers 8 {SUMS_2X3}",
         DILATED,
-        fast=DILATED,
     ),
     Row(
         "PP4 x 2 virtual, 8 layers, 2 x 3",
@@ -231,7 +230,7 @@ ROWS = (
     Row("TP4 + SP, softmax gate", 4, f"{TP4} {SP}", "--value-gate softmax", GATED),
     Row("TP2, gate with bias", 2, TP2, "--value-gate-bias", GATED),
     Row("TP2, 2 KV heads", 2, TP2, GQA2),
-    Row("TP2 x PP2 + SP, 2 KV heads", 4, f"{TP2} {PP2} {SP}", GQA2, fast=GATED),
+    Row("TP2 x PP2 + SP, 2 KV heads", 4, f"{TP2} {PP2} {SP}", GQA2),
     Row("PP2, untied embeddings", 2, PP2, UNTIED),
     Row("TP2 x PP2 + SP, untied embeddings", 4, f"{TP2} {PP2} {SP}", UNTIED),
     Row("CP2", 2, CP2, fast=GATED, few=WITH_HEADS + NORMED + STREAMED),

@@ -219,7 +219,7 @@ def check_messages(record: Record, layout: Layout, model: Model, **more) -> None
                 assert schedule[way] == {"messages": len(sizes), "bytes": sum(sizes)}
 
 
-FEW = ("PP4", "TP2 x PP2 x 2 virtual + SP", "PP4, Et|tt|t|L")  # of those that others stand for
+FEW = ("PP4", "TP2 x PP2 x 2 virtual + SP")  # of those that others stand for
 
 
 @pytest.mark.parametrize(

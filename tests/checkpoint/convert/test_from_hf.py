@@ -214,7 +214,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     "layout",
     [
-        "--tensor-model-parallel-size 2 --sequence-parallel",
+        pytest.param("--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ],
     ids=["TP2", "PP2 x 2 virtual"],
@@ -498,6 +498,7 @@ def test_a_weight_too_large_for_fp16(qwen, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(qwen, tmp_path):
     """A limit on the size of a file stands for it."""
     tool = Path(__file__).resolve().parents[3] / "tools/convert_checkpoint.py"

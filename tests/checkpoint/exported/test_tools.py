@@ -95,7 +95,8 @@ def test_device_map_auto(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", some_fast(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(architecture):
     """One graph, forward and backward, with the cache it makes and the extra outputs.
 
@@ -115,6 +116,7 @@ def test_compiles_without_graph_breaks(architecture):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_generates_compiled_with_static_cache():
     _, model = build_pair(tie_word_embeddings=False, scale=0.8)
     ids = random_ids()
@@ -190,6 +192,7 @@ SPLIT = {
         pytest.param("satformer", {"value_gate": "lerp_channels"}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_tensor_parallel(architecture, options, on_ranks, tmp_path):
     """transformers' own tensor parallelism, by the plan in the configuration."""
     _, model = build_pair(architecture=architecture, vocab_size=68, **options)
@@ -207,9 +210,9 @@ def test_tensor_parallel(architecture, options, on_ranks, tmp_path):
 
 @pytest.mark.parametrize(
     "architecture",
-    # the others run in CI, and through what transformers ships
-    [pytest.param(a, marks=[pytest.mark.slow] * (a != "resformer")) for a in ARCHITECTURES],
+    ARCHITECTURES,
 )
+@pytest.mark.slow
 def test_fully_sharded(architecture, on_ranks, tmp_path):
     """FSDP2, which wants one dtype in a layer: coefficients have that of the other weights."""
     _, model = build_pair(architecture=architecture, vocab_size=68, tie_word_embeddings=False)

@@ -140,6 +140,7 @@ def loaded(tmp_path_factory):
 
 
 @EVERY
+@pytest.mark.slow
 def test_a_folder_loads_alone_and_so_does_what_is_saved_of_it(loaded, architecture):
     folder, twins, ids = loaded
     expected = twins[architecture](ids).logits

@@ -84,6 +84,7 @@ def test_a_checkpoint_is_not_continued_as_another_model(started, pretrain, flags
     assert "which is (" in run.output
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_not_continued_with_other_groups(started, pretrain):
     """Megatron would look for the group of another learning rate in it, on every rank."""
     common, _ = started("lime")
@@ -150,12 +151,12 @@ GOES_ON = [
     (ITERS, "--global-batch-size 16", 160, cosine),
     pytest.param(SAMPLES, "--global-batch-size 16", 160, cosine, marks=SLOW),
     pytest.param(ITERS, "--global-batch-size 4", 160, cosine, marks=SLOW),
-    (SAMPLES, "--global-batch-size 4", 160, cosine),
-    (ITERS, f"--train-iters 30 {ANEW}", 240, lambda n: cosine(n, 240)),
+    pytest.param(SAMPLES, "--global-batch-size 4", 160, cosine, marks=SLOW),
+    pytest.param(ITERS, f"--train-iters 30 {ANEW}", 240, lambda n: cosine(n, 240), marks=SLOW),
     pytest.param(ITERS, f"--train-iters 30 {KEPT}", 240, lambda n: cosine(min(n, 160)), marks=SLOW),
     (ITERS, f"--lr 1e-3 --min-lr 1e-4 {ANEW}", 160, lambda n: cosine(n, lr=1e-3, low=1e-4)),
     pytest.param(ITERS, f"--lr 1e-3 {KEPT}", 160, cosine, marks=SLOW),
-    (ITERS, "--no-load-optim", 160, cosine),
+    pytest.param(ITERS, "--no-load-optim", 160, cosine, marks=SLOW),
 ]
 
 

@@ -174,6 +174,7 @@ def test_a_bad_line_is_named_or_skipped(name: str, spm: TokenizerOptions, tmp_pa
     assert not Path(f"{tmp_path}/out/x.rejects.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_line_far_in_is_named_by_workers_and_can_be_skipped_from_there(
     corpus: Path, spm: TokenizerOptions, tmp_path: Path, fails: Callable, tool: Callable
 ) -> None:
@@ -349,12 +350,9 @@ def running(
 
 @pytest.mark.parametrize(
     "number",
-    [
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        signal.SIGKILL,
-    ],
+    [signal.SIGINT, signal.SIGTERM, signal.SIGKILL],
 )
+@pytest.mark.slow
 def test_a_stopped_run_leaves_nothing_running_and_is_continued(
     running: tuple[subprocess.Popen[str], list[str]], tmp_path: Path, names: Callable, number: int
 ) -> None:

@@ -80,7 +80,8 @@ def stop_after(calls: int, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, name, counted)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(
     options: PreprocessOptions, expected: list[bytes], tmp_path: Path, workers: int
 ) -> None:

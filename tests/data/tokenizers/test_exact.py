@@ -201,7 +201,9 @@ def gpt2_files(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("special_tokens", [None, ("<extra>", "<more>")])
+@pytest.mark.parametrize(
+    "special_tokens", [None, pytest.param(("<extra>", "<more>"), marks=pytest.mark.slow)]
+)
 def test_gpt2_equals_megatrons(
     special_tokens: tuple | None, gpt2_files: Path, texts: list[str], monkeypatch
 ) -> None:

@@ -203,6 +203,7 @@ def test_a_large_file_is_sampled_in_blocks(tmp_path: Path, monkeypatch) -> None:
             check_training_data([path], "98,1,1", 50, scan_tokens=scan_tokens)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_an_index_is_found(tmp_path: Path) -> None:
     """A boundary beside an empty document may move and still be one: all else must be told."""
     prefix = tmp_path / "a"

@@ -39,7 +39,7 @@ def test_widths_of_four_stages():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_options_equal_the_twin(on_ranks, options, ranks):
     on_ranks(ranks, f"{RANKS}:equals_reference", {"architecture": "muddformer", **options})
 

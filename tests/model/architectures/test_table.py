@@ -146,6 +146,7 @@ def test_coefficients_are_flat_and_tagged():
         assert stream.dtype == head.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_another_package_cannot_replace_an_architecture(tmp_path):
     metadata = tmp_path / "other-1.0.dist-info"
     metadata.mkdir()
