@@ -27,6 +27,8 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[Path]:
         made.append(draw_curves(task, found, folder / f"loss_{task}.png"))
         if any("accuracy" in run for run in _runs(found)):
             made.append(draw_accuracy(task, found, folder / f"accuracy_{task}.png"))
+        if any(run["dead"] for run in _runs(found)):
+            made.append(draw_dead(task, found, folder / f"dead_{task}.png"))
         if results.get("cost"):
             made.append(draw_cost(task, found, results["cost"], folder / f"cost_{task}.png"))
     return made
@@ -60,6 +62,26 @@ def draw_accuracy(task: str, found: dict[str, Any], path: Path) -> Path:
     axes.set_ylabel("share of answers that are right")
     axes.set_title(f"{task}: mean of the seeds, and each")
     axes.grid(alpha=0.3, axis="y")
+    return _save(figure, path)
+
+
+def draw_dead(task: str, found: dict[str, Any], path: Path) -> Path:
+    """KV heads per layer whose gate is 0 at every token of a step, over steps; mean and range."""
+    gated = {
+        name: [np.array(run["dead"]) for run in variant["seeds"].values()]
+        for name, variant in found.items()
+        if all(run["dead"] for run in variant["seeds"].values())
+    }
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for color, (name, curves) in zip(_colors(len(gated)), gated.items(), strict=True):
+        steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
+        axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.3)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("dead KV heads of a layer")
+    axes.set_title(f"{task}: heads whose gate is 0 at all tokens of a step, mean and range")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
     return _save(figure, path)
 
 

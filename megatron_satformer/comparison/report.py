@@ -89,7 +89,7 @@ def _page(results: dict[str, Any], figures: Sequence[Path], command: str) -> str
     for made in results["comparisons"].values():
         parts.append("<ul>" + "".join(f"<li>{html.escape(c['told'])}</li>" for c in made) + "</ul>")
     for task, found in results["tasks"].items():
-        parts += [f"<h2>{html.escape(task)}</h2>", _table(found), _grid(found)]
+        parts += [f"<h2>{html.escape(task)}</h2>", _table(found), _grid(found), _dead(found)]
     if results.get("cost"):
         parts += ["<h2>Cost</h2>", _cost(results["cost"])]
     for figure in figures:
@@ -136,6 +136,20 @@ def _grid(found: dict[str, Any]) -> str:
     rates = list(next(iter(found.values()))["grid"])
     rows = [[name, *(f"{v['grid'][rate]:.4f}" for rate in rates)] for name, v in found.items()]
     return "<p>Loss by learning rate, first seed:</p>" + _rows(["variant", *rates], rows)
+
+
+def _dead(found: dict[str, Any]) -> str:
+    rows = []
+    for name, variant in found.items():
+        runs = [[count for _, count in run["dead"]] for run in variant["seeds"].values()]
+        if all(runs):
+            ends = [counts[-1] for counts in runs]
+            mean, most = sum(ends) / len(ends), max(max(counts) for counts in runs)
+            rows.append([name, f"{mean:.2f} ({min(ends):.2f} to {max(ends):.2f})", f"{most:.2f}"])
+    if not rows:
+        return ""
+    told = "<p>Dead KV heads of a layer: those whose gate is 0 at every token of a step.</p>"
+    return told + _rows(["variant", "at the end (range)", "most at any step"], rows)
 
 
 def _cost(cost: dict[str, Any]) -> str:

@@ -155,7 +155,8 @@ def _curves(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             points = [p for p in curves["validation"] if p[0] != record["step"]]
             curves["validation"] = [*points, [record["step"], record["lm_loss"]]]
         elif record["split"] == "gates":
-            curves["dead"].append([record["step"], sum(record["alpha_dead"].values())])
+            dead = record["alpha_dead"].values()
+            curves["dead"].append([record["step"], sum(dead) / len(dead)])
     if seconds:
         curves["step_seconds"] = sorted(seconds)[len(seconds) // 2]
     return curves

@@ -72,6 +72,13 @@ def test_smoke_with_a_kill_in_the_middle(tmp_path):
             assert ("accuracy" in next(iter(runs))) == (task == "mqar")
     assert [row["architecture"] for row in results["cost"]["measured"]] == COMPARED
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert "http" not in page
     assert "too few seeds" in page
+    assert "Dead KV heads" in page
+    dead = results["tasks"]["text"][DecoderOptions.architecture]["seeds"]["1"]["dead"]
+    assert [step for step, _ in dead] == [*range(1, 17)]
+    short = "--archs transformer --seeds 1 --retrieval-tasks --budget-minutes 0.01".split()
+    probing = subprocess.run([command[0], *short], env=environment, capture_output=True, text=True)
+    assert probing.returncode == 2, probing.stderr[-3000:]
+    assert "error: budget_minutes (0.01) must be at least " in probing.stderr
