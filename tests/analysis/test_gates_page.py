@@ -21,6 +21,12 @@ from tests.debian import why_not
 NASTY = ["</script>", "<b>bold</b>", "<!--<script>", "&amp;", '"', "\\", "\u2028", "@DATA@", ""]
 ARROW_RIGHT, ESCAPE = "\ue014", "\ue00c"  # W3C WebDriver 17.4.2
 PLAIN = ["The", " gates", "\n", " open", " \t", "\u4f60", " wide"]
+CHOOSE = """
+[...arguments].forEach((value, index) => {
+    const select = document.querySelectorAll("select")[index];
+    select.value = value;
+    select.dispatchEvent(new Event("change"));
+})"""
 SUMMARY = {
     "rows": ["layer 2", "layer 3", "layer 5"],
     "columns": ["head 1", "head 2"],
@@ -192,81 +198,19 @@ def assert_shows(browser: Browser, text: PageText, index: int) -> None:
     np.testing.assert_allclose(numbers, expected, rtol=2**-10, atol=6e-4)
 
 
-@pytest.mark.slow
-def test_in_a_browser(browser, tmp_path):
-    tokens = [*PLAIN, *NASTY, " last"]
-    texts = [make_text("one", tokens, 0), make_text("two", PLAIN, 1, signed=True)]
+TOKENS = [*PLAIN, *NASTY, " last"]
+TEXTS = [make_text("one", TOKENS, 0), make_text("two", PLAIN, 1, signed=True)]
+
+
+@pytest.fixture
+def page(browser, tmp_path) -> Iterator[Browser]:
+    """The page in a browser; its console stays empty, and nothing but the file is asked for."""
     path = tmp_path / "gates.html"
-    write_page(path, "What the gates do", SUMMARY, texts)
+    write_page(path, "What the gates do", SUMMARY, TEXTS)
+    browser.log("browser")
     browser.log("performance")
     browser.open(path)
-
-    # everything is there as text, none of it as markup
-    elements = browser.find(".text span")
-    assert [element["text"] for element in elements] == [*tokens, *PLAIN]
-    assert [note["text"] for note in browser.find("#notes li")] == SUMMARY["notes"]
-    assert not browser.find(".text b, #notes i")
-    assert browser.run("return document.title") == "What the gates do"
-
-    # pointing at a token, also at one without a letter of its own, changes only the panel's words
-    places = [(name, browser.find(name)[0]) for name in ("#panel", "#grid", "#gridscale")]
-    for index in (1, 2, tokens.index("</script>"), tokens.index(""), 0, len(tokens) + 3):
-        browser.point(elements[index])
-        text, own = (texts[0], index) if index < len(tokens) else (texts[1], index - len(tokens))
-        assert_shows(browser, text, own)
-        for name, before in places:
-            now = browser.find(name)[0]
-            assert [now[x] for x in ("x", "y", "width", "height")] == [
-                before[x] for x in ("x", "y", "width", "height")
-            ], name
-    assert browser.find("#token")[0]["text"] == "\u2423open"
-    assert [one["text"] for one in browser.find("#grid td.missing")] == ["\u2013"]
-
-    # the colours are those of the chosen layer, head, both, or the loss
-    for measure, row, column in (("value", 1, 1), ("value", 0, -1), ("loss", -1, -1)):
-        browser.run("""
-            [...arguments].forEach((value, index) => {
-                const select = document.querySelectorAll('select')[index];
-                select.value = value;
-                select.dispatchEvent(new Event('change'));
-            })""", measure, row, column)  # fmt: skip
-        image = take_picture(browser, tmp_path / f"{measure}.png")
-        assert image.size[0] > 400
-        assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
-        text = texts[0]
-        rows = [row] if row >= 0 else [0, 1, 2]
-        columns = [column] if column >= 0 else [0, 1]
-        shown = text.values[np.ix_(rows, columns)].mean((0, 1))
-        shown = shown if measure == "value" else np.array([x or np.nan for x in text.losses])
-        wide = [n for n, token in enumerate(tokens) if len(token.strip()) > 3 and n != 0]
-        low, high = min(wide, key=lambda n: shown[n]), max(wide, key=lambda n: shown[n])
-        pale, strong = (colour_at(image, elements[n]) for n in (low, high))
-        assert np.abs(pale - strong).max() > 60
-        assert pale.sum() > strong.sum()
-
-    # a click holds a token, whatever is pointed at then; a cell of the grid chooses
-    browser.point(elements[3], "pointerDown", "pointerUp")
-    browser.point(elements[1])
-    assert_shows(browser, texts[0], 3)
-    browser.point(browser.find("#grid td")[-1], "pointerDown", "pointerUp")
-    chosen = "return [...document.querySelectorAll('select')].map(select => select.value)"
-    assert browser.run(chosen) == ["value", "2", "1"]
-    assert_shows(browser, texts[0], 3)
-    browser.press(ARROW_RIGHT)
-    assert_shows(browser, texts[0], 4)
-    browser.press(ESCAPE, ARROW_RIGHT)
-    assert_shows(browser, texts[0], 5)
-    browser.point(elements[1], "pointerDown", "pointerUp", kind="touch")
-    assert_shows(browser, texts[0], 1)
-
-    # dark where the reader has it dark
-    light = colour_at(take_picture(browser, tmp_path / "light.png"), browser.find("h1")[0])
-    dark_features = [{"name": "prefers-color-scheme", "value": "dark"}]
-    browser.emulate("setEmulatedMedia", features=dark_features)
-    dark = colour_at(take_picture(browser, tmp_path / "dark.png"), browser.find("h1")[0])
-    assert light.min() > 200
-    assert dark.max() < 60
-
+    yield browser
     assert browser.log("browser") == []
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
@@ -276,3 +220,75 @@ def test_in_a_browser(browser, tmp_path):
         if event["method"] == "Network.requestWillBeSent"
     ]
     assert asked == [path.as_uri()]
+
+
+@pytest.mark.slow
+def test_the_pointer_shows_a_token(page):
+    elements = page.find(".text span")
+    assert [element["text"] for element in elements] == [*TOKENS, *PLAIN]
+    assert [note["text"] for note in page.find("#notes li")] == SUMMARY["notes"]
+    assert not page.find(".text b, #notes i")
+    assert page.run("return document.title") == "What the gates do"
+
+    # whatever the panel says of a token, also of one without a letter, it stays where it is
+    places = [(name, page.find(name)[0]) for name in ("#panel", "#grid", "#gridscale")]
+    told = {"\n": "\u21b5", "\u2028": "U+2028", "": "\u2205", "</script>": "</script>"}
+    told = {TOKENS.index(token): shown for token, shown in told.items()}
+    told |= {1: "\u2423gates", 0: "The", len(TOKENS) + 3: "\u2423open"}
+    for index, shown in told.items():
+        page.point(elements[index])
+        own = index - len(TOKENS)
+        assert_shows(page, *((TEXTS[1], own) if own >= 0 else (TEXTS[0], index)))
+        assert page.find("#token")[0]["text"] == shown
+        for name, before in places:
+            assert page.find(name)[0] | {"text": ""} == before | {"text": ""}, name
+    assert [one["text"] for one in page.find("#grid td.missing")] == ["\u2013"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("measure", "row", "column"),
+    [("value", -1, -1), ("value", 1, 1), ("value", 0, -1), ("loss", 0, 0)],
+)
+def test_colours_are_those_of_what_is_chosen(page, tmp_path, measure, row, column):
+    page.run(CHOOSE, measure, row, column)
+    image = take_picture(page, tmp_path / "page.png")
+    values = TEXTS[0].values[[row] if row >= 0 else slice(None)]
+    shown = values[:, [column] if column >= 0 else slice(None)].mean((0, 1))
+    if measure == "loss":
+        shown = np.array(TEXTS[0].losses, float)
+    wide = [n for n, token in enumerate(TOKENS) if len(token.strip()) > 3]
+    low, high = min(wide, key=lambda n: shown[n]), max(wide, key=lambda n: shown[n])
+    elements = page.find(".text span")
+    pale, strong = (colour_at(image, elements[n]) for n in (low, high))
+    assert np.abs(pale - strong).max() > 60
+    assert pale.sum() > strong.sum()
+
+
+@pytest.mark.slow
+def test_a_click_holds_a_token(page):
+    elements = page.find(".text span")
+    page.point(elements[3], "pointerDown", "pointerUp")
+    page.point(elements[1])
+    assert_shows(page, TEXTS[0], 3)
+    page.point(page.find("#grid td")[-1], "pointerDown", "pointerUp")
+    assert page.run("return [...document.querySelectorAll('select')].map(one => one.value)") == [
+        *("value", "2", "1")
+    ]
+    assert_shows(page, TEXTS[0], 3)
+    page.press(ARROW_RIGHT)
+    assert_shows(page, TEXTS[0], 4)
+    page.press(ESCAPE, ARROW_RIGHT)
+    assert_shows(page, TEXTS[0], 5)
+    page.point(elements[1], "pointerDown", "pointerUp", kind="touch")
+    assert_shows(page, TEXTS[0], 1)
+
+
+@pytest.mark.slow
+def test_is_dark_for_who_has_it_dark(page, tmp_path):
+    title = page.find("h1")[0]
+    for mode in ("dark", "light"):
+        features = [{"name": "prefers-color-scheme", "value": mode}]
+        page.emulate("setEmulatedMedia", features=features)
+        colour = colour_at(take_picture(page, tmp_path / f"{mode}.png"), title)
+        assert colour.max() < 60 if mode == "dark" else colour.min() > 200
