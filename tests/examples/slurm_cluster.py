@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.debian import unpack
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PATIENCE = 300.0
@@ -54,15 +55,6 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def why_not() -> str | None:
-    """What this machine lacks for it, or None."""
-    if os.getuid() != 0:
-        return "SLURM's daemons are started as root"
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return "SLURM is taken from Debian's packages, and there is no apt-get here"
-    return None
-
-
 def wait_for[T](found: Callable[[], T], what: str, seconds: float = PATIENCE) -> T:
     """Returns the first answer that is not empty."""
     deadline = time.monotonic() + seconds
@@ -80,25 +72,6 @@ def _free_port() -> int:
             return port
 
 
-def _fetch(folder: Path) -> None:
-    """Puts the packages, and those they need that are not installed, into a folder.
-
-    Raises:
-        OSError: if they cannot be had.
-    """
-    (folder / "partial").mkdir(parents=True)
-    command = ["apt-get", "install", "--yes", "--reinstall", "--download-only"]
-    command += ["--no-install-recommends", "-o", f"Dir::Cache::archives={folder}"]
-    command += ["-o", "Debug::NoLocking=1", *PACKAGES]
-    for update in (False, True):
-        if update:  # the lists of packages are old, or not there
-            subprocess.run(["apt-get", "update"], capture_output=True, timeout=300, check=False)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if result.returncode == 0:
-            return
-    raise OSError(f"apt-get cannot download SLURM: {result.stderr.strip()}")
-
-
 class Cluster:
     """One node that is this machine.
 
@@ -114,10 +87,8 @@ class Cluster:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        _fetch(root / "packages")
         system = root / "system"
-        for package in sorted((root / "packages").glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package, system], check=True)
+        unpack(PACKAGES, system)
         (plugins,) = system.glob("usr/lib/*/slurm-wlm")
         libraries = [plugins, plugins.parent, system / "lib" / plugins.parent.name]
         values = {"host": socket.gethostname().partition(".")[0], "root": root, "plugins": plugins}

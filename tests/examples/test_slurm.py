@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from megatron_satformer.data.tokenizers.training import train_tokenizer
-from tests.examples.slurm_cluster import Cluster, wait_for, why_not
+from tests.debian import why_not
+from tests.examples.slurm_cluster import Cluster, wait_for
 from tests.texts import source_texts, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
