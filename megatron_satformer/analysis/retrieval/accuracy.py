@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_satformer.analysis.retrieval.examples import Example
 from megatron_satformer.analysis.retrieval.files import MARKER
@@ -119,12 +120,26 @@ def find_test_sets(
     return sorted(chosen, key=lambda one: (one.task, one.length))
 
 
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answered]:
-    """Lets a model answer.
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as tokens.
+
+    Attributes:
+        ids: [examples, tokens]; what follows a text is 0.
+        lengths: Tokens of each.
+        spans: Of each answer, its example, its tokens and its depth.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    spans: list[tuple[int, range, float | None]]
+
+
+def encode_examples(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Encoded:
+    """Turns examples into tokens.
 
     Args:
-        model: Causal language model of transformers, in evaluation mode.
+        model: What is to read them.
         tokenizer: Its tokenizer, a fast one.
         examples: As many as it is to read at once.
 
@@ -141,11 +156,28 @@ def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answ
             f"{longest} tokens. Pass --lengths."
         )
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)  # what follows a text is not read
-    spans = []
+    spans: list[tuple[int, range, float | None]] = []
     for row, (one, tokens) in enumerate(zip(examples, encoded.input_ids, strict=True)):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         places = [_find_tokens(encoded.offset_mapping[row], *span) for span in one.spans()]
         spans += [(row, place, depth) for place, depth in zip(places, one.depths, strict=True)]
+    return Encoded(ids, [len(tokens) for tokens in encoded.input_ids], spans)
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answered]:
+    """Lets a model answer.
+
+    Args:
+        model: Causal language model of transformers, in evaluation mode.
+        tokenizer: Its tokenizer, a fast one.
+        examples: As many as it is to read at once.
+
+    Raises:
+        ValueError: As of `encode_examples`.
+    """
+    encoded = encode_examples(model, tokenizer, examples)
+    ids, spans = encoded.ids, encoded.spans
     # the logits of the tokens before those of answers, of any row
     before = sorted({n - 1 for _, place, _ in spans for n in place})
     kept = torch.tensor(before)
