@@ -203,7 +203,7 @@ def _is_static(weights: Tensor | tuple[Any, ...]) -> bool:
 def _as_tensor(weights: Tensor | tuple[Any, ...]) -> Tensor:
     if isinstance(weights, tuple):
         return torch.stack([torch.as_tensor(w).detach().float().reshape(()).cpu() for w in weights])
-    return weights
+    return weights.detach()
 
 
 def _shape(weights: Tensor | tuple[Any, ...]) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def _describe(model: Any, measured: Measured, baseline: Baseline, inputs: Inputs
         "architecture": model.config.architecture,
         "value": grid.value,
         "gates": grid.gate,
-        "changes_with_tokens": grid.dynamic,
+        "by_token": grid.dynamic,
         "tokens": measured.tokens,
         "sequences": measured.zeros.sequences,
         "seq_length": inputs.seq_length,
