@@ -90,7 +90,7 @@ def find_frequencies(tokens: npt.NDArray, vocab_size: int) -> npt.NDArray:
     below = np.concatenate(([0], np.cumsum(counts[order])[:-1]))
     fifths = np.zeros(vocab_size, np.int8)
     middle = below + counts[order] / 2
-    fifths[order] = np.minimum(FIFTHS - 1, middle * FIFTHS // max(1, counts.sum()))
+    fifths[order] = np.minimum(FIFTHS - 1, middle * FIFTHS // max(1, int(counts.sum())))
     return fifths
 
 
@@ -133,7 +133,7 @@ def categorize(
 def _read(texts: list[str]) -> tuple[list[int], list[int]]:
     """Word and kind of the tokens of one text."""
     starts = _find_starts(texts)
-    kinds = []
+    kinds: list[int] = []
     sentence_begins = True
     for n, text in enumerate(texts):
         stripped = text.strip()

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from megatron_satformer.analysis.gates.effects import difference, over_cells, over_columns
 from megatron_satformer.analysis.gates.measure import ANSWERING, ELSEWHERE, TEXT, Measured
-from megatron_satformer.analysis.gates.sums import find_interval
+from megatron_satformer.analysis.gates.sums import FEWEST, find_interval
 
-FEWEST = 8  # sequences: the resamples of fewer are no guide
 APART = 0.1  # standard deviation over heads, in shares of their mean
 
 

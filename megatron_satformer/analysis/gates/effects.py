@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_satformer.analysis.gates.measure import TEXT, Measured
-from megatron_satformer.analysis.gates.sums import find_interval
+from megatron_satformer.analysis.gates.sums import FEWEST, find_interval
 
 WHOLE = "task"  # its categories are compared with text, those of other groups with their rest
 
@@ -43,7 +43,8 @@ def difference(measured: Measured, group: str, name: str) -> npt.NDArray:
 def build_effects(measured: Measured) -> list[dict[str, Any]]:
     """One entry for each category that has tokens.
 
-    An effect size is the difference of means over the standard deviation of a token in a cell.
+    An effect is the difference of means over the standard deviation of a token in a cell. There is
+    no interval where fewer than `FEWEST` sequences have such a token.
     """
     present = measured.grid.present.numpy()
     variance = measured.cells.squares / measured.tokens
@@ -58,15 +59,17 @@ def build_effects(measured: Measured) -> list[dict[str, Any]]:
             "group": group,
             "category": name,
             "tokens": int(count),
+            "sequences": int(measured.sizes.met[k]),
             "mean": float(over_cells(means[k], present)),
             "by_row": over_columns(means[k], present).tolist(),
         }
         differences = difference(measured, group, name)
         if np.isfinite(differences[0]) and (group, name) != (WHOLE, TEXT):
-            low, high = find_interval(differences[1:])
-            entry |= {"difference": float(differences[0]), "low": low, "high": high}
+            found = {"difference": float(differences[0])}
+            if entry["sequences"] >= FEWEST:
+                found["low"], found["high"] = find_interval(differences[1:])
+            entry |= found
             if deviation:
-                sizes = [float(x) / deviation for x in (differences[0], low, high)]
-                entry["effect"] = dict(zip(("size", "low", "high"), sizes, strict=True))
+                entry["effect"] = {what: x / deviation for what, x in found.items()}
         table.append(entry)
     return table

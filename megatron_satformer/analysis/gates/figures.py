@@ -23,6 +23,7 @@ def draw_heat_map(
     columns: Sequence[str],
     title: str,
     unit: str,
+    across: str,
     signed: bool = False,
 ) -> None:
     """Draws one.
@@ -34,6 +35,7 @@ def draw_heat_map(
         columns: Their names.
         title: Above it.
         unit: Of the values.
+        across: What the columns are.
         signed: Whether colors part at 0.
     """
     long = max(map(len, columns), default=0) > 3
@@ -47,6 +49,7 @@ def draw_heat_map(
     image = axes.imshow(values, aspect="auto", cmap=colors, vmin=limits[0], vmax=limits[1] or 1e-6)
     axes.set_title(title, fontsize=10)
     axes.set_ylabel("layer")
+    axes.set_xlabel(across)
     axes.set_xticks(range(len(columns)), labels=columns, rotation=90 if long else 0, fontsize=8)
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
     figure.colorbar(image, ax=axes, label=unit)

@@ -156,19 +156,19 @@ def _write(
         return np.array(result[name], dtype=float)
 
     signed = bool((np.nan_to_num(array("mean")) < 0).any())
+    across = "KV head" if grid.gate else "source"
     title = f"{model}: mean {value} on {tokens}"
-    draw_heat_map(folder / "mean.png", array("mean"), grid.rows, grid.columns, title, value, signed)
+    shape = grid.rows, grid.columns
+    draw_heat_map(folder / "mean.png", array("mean"), *shape, title, value, across, signed)
     if grid.gate:
-        title = f"{model}: gates that are exactly 0, on {tokens}"
-        share = 100 * array("zeros")
-        unit = "share of tokens (%)"
-        draw_heat_map(folder / "zeros.png", share, grid.rows, grid.columns, title, unit)
+        title, share = f"{model}: gates that are exactly 0, on {tokens}", 100 * array("zeros")
+        draw_heat_map(folder / "zeros.png", share, *shape, title, "share of tokens (%)", across)
     if grid.dynamic:
         table = result["categories"]
         names = [f"{e['group']}: {e['category']}" for e in table]
         rows = np.array([e["by_row"] for e in table]).T
-        title = f"{model}: mean |{value}| by category of token"
-        draw_heat_map(folder / "categories.png", rows, grid.rows, names, title, f"|{value}|")
+        title, size = f"{model}: mean |{value}| by category of token", f"|{value}|"
+        draw_heat_map(folder / "categories.png", rows, grid.rows, names, title, size, "category")
     notes = [claim.sentence for claim in claims]
     if not grid.dynamic:
         notes.append("The weights are the same for every token: see mean.png and gates.json.")

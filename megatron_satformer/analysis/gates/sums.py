@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 RESAMPLES = 200
 CONFIDENCE = 0.95
+FEWEST = 8  # sequences: the resamples of fewer are no guide
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PER_OCTAVE = 16  # bins of the histogram: a quantile is right within 2.2%
 LOWEST, HIGHEST = -16, 12  # powers of 2; what is smaller counts as 0
@@ -41,12 +42,14 @@ class ResampledSums:
         sums: [N + 1, K, R, C].
         counts: Tokens. [N + 1, K]
         sequences: That have been added.
+        met: Sequences with a token of each category. [K]
     """
 
     def __init__(self, categories: int, rows: int, columns: int) -> None:
         self.sums = np.zeros((RESAMPLES + 1, categories, rows, columns))
         self.counts = np.zeros((RESAMPLES + 1, categories))
         self.sequences = 0
+        self.met = np.zeros(categories, np.int64)
 
     def add(self, weights: npt.NDArray, member: npt.NDArray, values: npt.NDArray) -> None:
         """Adds sequences.
@@ -62,6 +65,7 @@ class ResampledSums:
         self.sums += (weights @ each.reshape(len(each), -1)).reshape(size)
         self.counts += weights @ member.sum(-1)
         self.sequences += len(values)
+        self.met += member.any(-1).sum(0)
 
     def means(self) -> npt.NDArray:
         """[N + 1, K, R, C]; NaN where a category has no token."""

@@ -22,12 +22,24 @@ def test_differences_and_effect_sizes():
     expected = values[kind == 1].mean() - values[kind == 0].mean()
     assert digits["difference"] == pytest.approx(expected, abs=1e-5)
     assert digits["low"] < expected < digits["high"]
+    assert digits["sequences"] == 30
     deviation = np.sqrt(values.reshape(-1, 4).var(0).mean())
-    assert digits["effect"]["size"] == pytest.approx(expected / deviation, rel=1e-3)
+    assert digits["effect"]["difference"] == pytest.approx(expected / deviation, rel=1e-3)
     assert table["punctuation"]["difference"] == pytest.approx(-expected, abs=1e-5)
     start = table["word start"]
     assert start["low"] < 0 < start["high"]
     assert digits["by_row"] == pytest.approx(values[kind == 1].mean((0, 2)).tolist(), rel=1e-5)
+
+
+def test_few_sequences_have_no_interval():
+    kind = np.zeros((30, 64), np.int64)
+    kind[:7, 5] = 1
+    values = np.random.default_rng(0).uniform(0, 1, (30, 64, 1, 1)).astype(np.float32)
+    table = {e["category"]: e for e in build_effects(build_measured(values, kind=kind))}
+    assert table["digits"]["sequences"] == 7
+    assert "difference" in table["digits"]
+    assert "low" not in table["digits"]
+    assert "low" in table["punctuation"]
 
 
 def test_tasks_are_compared_with_text():
