@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,10 @@ def list_ablations(grid: Grid, means: Sequence[Tensor]) -> Iterator[Ablation]:
     moving = {n for n, point in enumerate(grid.points) if not point.static}
 
     def close(points: Sequence[int], head: int | None = None) -> Changes:
-        return {grid.points[n].module: lambda w: _close(w, head) for n in points}
+        return {grid.points[n].module: partial(_close, head) for n in points}
 
     def average(points: Sequence[int]) -> Changes:
-        modules = {n: grid.points[n].module for n in points if n in moving}
-        return {m: lambda w, n=n: means[n].to(w).expand_as(w) for n, m in modules.items()}
+        return {grid.points[n].module: partial(_set, means[n]) for n in points if n in moving}
 
     every = range(len(grid.points))
     if grid.gate:
@@ -65,7 +65,11 @@ def list_ablations(grid: Grid, means: Sequence[Tensor]) -> Iterator[Ablation]:
                 yield Ablation("at the mean", row, None, average(points))
 
 
-def _close(weights: Tensor, head: int | None) -> Tensor:
+def _set(mean: Tensor, weights: Tensor) -> Tensor:
+    return mean.to(weights).expand_as(weights)
+
+
+def _close(head: int | None, weights: Tensor) -> Tensor:
     closed = weights.clone()
     closed[..., slice(None) if head is None else head, :] = 0
     return closed
@@ -133,7 +137,7 @@ def run_ablations(
         with changed(one.changes):
             losses = [np.nanmean(find_losses(model, ids), axis=1) for ids in baseline.ids]
             now = find_right(model, tokenizer, sets, limit)
-        result = {"kind": one.kind, "row": one.row, "column": one.column}
+        result: dict[str, Any] = {"kind": one.kind, "row": one.row, "column": one.column}
         result["loss"] = _paired(np.concatenate(losses), baseline.losses)
         result["exact_match"] = {task: _paired(now[task], right[task]) for task in right}
         results.append(result)

@@ -226,7 +226,7 @@ def recorded(modules: Sequence[LearnedAccess]) -> Iterator[list[list[Any]]]:
 
 
 @contextmanager
-def watched(grid: Grid) -> Iterator[Callable[[tuple[int, int]], tuple[Tensor, list[Tensor]]]]:
+def watched(grid: Grid) -> Iterator[Callable[[tuple[int, ...]], tuple[Tensor, list[Tensor]]]]:
     """While it is open, hands out what the last pass over [b, s] tokens weighed.
 
     The function gives values [b, s, R, C] and, of every point, its weights as they are; both in
@@ -234,7 +234,7 @@ def watched(grid: Grid) -> Iterator[Callable[[tuple[int, int]], tuple[Tensor, li
     """
     with recorded([point.module for point in grid.points]) as found:
 
-        def take(shape: tuple[int, int]) -> tuple[Tensor, list[Tensor]]:
+        def take(shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
             raw = [_as_tensor(kept.pop()).float().cpu() for kept in found]
             for kept in found:
                 kept.clear()

@@ -49,7 +49,7 @@ def build_effects(measured: Measured) -> list[dict[str, Any]]:
     present = measured.grid.present.numpy()
     variance = measured.cells.squares / measured.tokens
     variance = variance - (measured.cells.absolute / measured.tokens) ** 2
-    deviation = float(np.sqrt(max(0.0, over_cells(variance, present))))
+    deviation = float(np.sqrt(np.maximum(0.0, over_cells(variance, present))))
     means, table = measured.sizes.means()[0], []
     for k, (group, name) in enumerate(measured.names):
         count = measured.sizes.counts[0, k]

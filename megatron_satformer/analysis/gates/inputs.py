@@ -37,7 +37,9 @@ def open_inputs(plan: Plan) -> Opened:
     Raises:
         ValueError: If one is not there.
     """
-    sets = find_test_sets(Path(plan.retrieval)) if plan.retrieval is not None else []
+    sets = []
+    if plan.retrieval is not None:
+        sets = find_test_sets(Path(plan.retrieval), option="retrieval")
     if plan.split is None:
         tokens = read_splits(plan.data, "1,0,0")["train"]
         return tokens, tokens, sets

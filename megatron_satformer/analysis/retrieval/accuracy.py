@@ -81,7 +81,10 @@ class TestSet:
 
 
 def find_test_sets(
-    data: Path, tasks: Sequence[str] | None = None, lengths: Sequence[int] | None = None
+    data: Path,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    option: str = "data",
 ) -> list[TestSet]:
     """Finds the test sets of a folder, in the order of task and length.
 
@@ -89,34 +92,35 @@ def find_test_sets(
         data: Made by tools/make_retrieval_data.py.
         tasks: Those wanted; None for all.
         lengths: Likewise.
+        option: Name of `data` in messages.
 
     Raises:
         ValueError: If it is no such folder, or holds none of what is wanted.
     """
     if not (data / MARKER).is_file():
         raise ValueError(
-            f"data ({data}) must be a folder made by tools/make_retrieval_data.py: it has no "
+            f"{option} ({data}) must be a folder made by tools/make_retrieval_data.py: it has no "
             f"{MARKER}."
         )
     found = []
     for file in (data / "lm_eval" / "data").glob("*.jsonl"):
         task, _, length = file.stem.rpartition("_")
         found.append(TestSet(task, int(length), file))
-    for option, wanted, there in (
+    for what, wanted, there in (
         ("tasks", tasks, {one.task for one in found}),
         ("lengths", lengths, {one.length for one in found}),
     ):
         for value in wanted or ():
             if value not in there:
                 told = ", ".join(map(str, sorted(there))) or "none"
-                raise ValueError(f"{option} ({value}) must be there to be tested: {told}.")
+                raise ValueError(f"{what} ({value}) must be there to be tested: {told}.")
     chosen = [
         one
         for one in found
         if (not tasks or one.task in tasks) and (not lengths or one.length in lengths)
     ]
     if not chosen:
-        raise ValueError(f"data ({data}) holds no test examples of these tasks and lengths.")
+        raise ValueError(f"{option} ({data}) holds no test examples of these tasks and lengths.")
     return sorted(chosen, key=lambda one: (one.task, one.length))
 
 
@@ -153,7 +157,7 @@ def encode_examples(model: Any, tokenizer: Any, examples: Sequence[Example]) -> 
     if most is not None and longest > most:
         raise ValueError(
             f"lengths must be at most {most}, which the model was made for; an example has "
-            f"{longest} tokens. Pass --lengths."
+            f"{longest} tokens. Choose shorter ones."
         )
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)  # what follows a text is not read
     spans: list[tuple[int, range, float | None]] = []
