@@ -127,7 +127,7 @@ def test_no_upward_import(path):
         ("data/preprocess/main.py", "from megatron_satformer.config import SATFormerConfig"),
         ("data/preprocess/main.py", "from megatron import training"),
         ("checkpoint/to_hf.py", "from megatron.training.checkpointing import load_checkpoint"),
-        ("analysis/gates.py", "from pretrain_satformer import build_model_config"),
+        ("analysis/plots.py", "from pretrain_satformer import build_model_config"),
     ],
 )
 def test_an_upward_import_is_found(tmp_path, monkeypatch, place, line):

@@ -1,11 +1,9 @@
-"""Pictures of a run: the loss curves and the gates.
+"""Picture of a run: the loss curves.
 
-python -m megatron_satformer.analysis.plots --tensorboard-dir DIR --gates gates.json
-    --save FOLDER
+python -m megatron_satformer.analysis.plots --tensorboard-dir DIR --save FOLDER
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from megatron_satformer.analysis.losses import Losses, read_losses
 from megatron_satformer.analysis.unigram import unigram_entropy
@@ -77,62 +74,6 @@ def plot_losses(
     _save(figure, path)
 
 
-def plot_gates(path: Path, report: dict[str, Any]) -> None:
-    """Draws two heat maps over layers and KV heads: mean alpha, and share of exact zeros.
-
-    Args:
-        path: PNG file to write.
-        report: A GateReport as a dict (see `analysis.gates`).
-    """
-    layers, mean, zeros = report["layers"], np.array(report["mean"]), np.array(report["zeros"])
-    heads = mean.shape[1]
-    size = (4.6 + 1.1 * heads, 1.9 + 0.42 * len(layers))
-    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    figure.suptitle(
-        f"Value gates ({report['value_gate']}) on {report['tokens']:,} tokens of held-out text",
-        fontsize=11,
-    )
-    low, high = min(0.0, mean.min()), max(mean.max(), 1e-6)
-    _heat_map(left, mean, layers, "mean gate, alpha", "alpha", "viridis", (low, high), "{:.2f}")
-    _heat_map(
-        right,
-        100 * zeros,
-        layers,
-        "gates that are exactly 0",
-        "share of tokens (%)",
-        "magma",
-        (0.0, 100.0),
-        "{:.0f}",
-    )
-    _save(figure, path)
-
-
-def _heat_map(
-    axes: Any,
-    values: np.ndarray,
-    layers: list[int],
-    title: str,
-    unit: str,
-    colors: str,
-    limits: tuple[float, float],
-    number: str,
-) -> None:
-    image = axes.imshow(values, aspect="auto", cmap=colors, vmin=limits[0], vmax=limits[1])
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("KV head")
-    axes.set_ylabel("layer")
-    axes.set_xticks(range(values.shape[1]), labels=[str(n + 1) for n in range(values.shape[1])])
-    axes.set_yticks(range(len(layers)), labels=[str(layer) for layer in layers])
-    axes.figure.colorbar(image, ax=axes, label=unit)
-    if values.size > 400:
-        return
-    middle = (limits[0] + limits[1]) / 2
-    for (row, column), value in np.ndenumerate(values):
-        color = "white" if value < middle else "black"
-        label = number.format(value)
-        axes.text(column, row, label, ha="center", va="center", color=color, fontsize=8)
-
-
 def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
     steps = sorted(curve)
     return steps, [curve[step] for step in steps]
@@ -144,27 +85,22 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Parses the flags and draws loss.png and gates.png."""
+    """Parses the flags and draws loss.png."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tensorboard-dir", type=Path, required=True, help="As in training.")
     parser.add_argument("--log", type=Path, help="What the run printed, for steps it lost.")
-    parser.add_argument("--gates", type=Path, help="From megatron_satformer.analysis.gates.")
     parser.add_argument("--data-path", help="Prefix of the data set, to compare with counting.")
     parser.add_argument("--split", help="As in training.")
     parser.add_argument("--vocab-size", type=int, help="As of the tokenizer.")
     parser.add_argument("--tokens-per-step", type=int, help="For an axis in tokens.")
-    parser.add_argument("--save", type=Path, required=True, help="Folder of the PNG files.")
+    parser.add_argument("--save", type=Path, required=True, help="Folder of the PNG file.")
     args = parser.parse_args()
     losses = read_losses(args.tensorboard_dir, args.log)
     entropy = None
     if args.data_path is not None:
         entropy = unigram_entropy(args.data_path, args.split, args.vocab_size)
     plot_losses(args.save / "loss.png", losses, entropy, args.tokens_per_step)
-    drawn = [f"loss.png ({len(losses.train)} steps, {len(losses.valid)} validations)"]
-    if args.gates is not None:
-        plot_gates(args.save / "gates.png", json.loads(args.gates.read_text()))
-        drawn.append("gates.png")
-    print(" and ".join(drawn))
+    print(f"loss.png ({len(losses.train)} steps, {len(losses.valid)} validations)")
 
 
 if __name__ == "__main__":

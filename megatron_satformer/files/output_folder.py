@@ -13,13 +13,14 @@ from megatron_satformer.files.atomic import sync
 from megatron_satformer.files.locks import open_locked
 
 
-def check_target(save: Path, marker: str, overwrite: bool) -> None:
+def check_target(save: Path, marker: str, overwrite: bool, option: str = "save") -> None:
     """Refuses a folder that would be lost.
 
     Args:
         save: Folder to make; missing or empty is always right.
         marker: File by which an earlier output of the same kind is known, such as "config.json".
         overwrite: Whether such an earlier output may be replaced.
+        option: Its name in the message.
 
     Raises:
         ValueError: Says what stands there.
@@ -27,11 +28,11 @@ def check_target(save: Path, marker: str, overwrite: bool) -> None:
     if not save.exists() or (save.is_dir() and not any(save.iterdir())):
         return
     if not overwrite:
-        raise ValueError(f"save ({save}) exists already. Pass --overwrite, or choose another.")
+        raise ValueError(f"{option} ({save}) exists already. Pass --overwrite, or choose another.")
     if not (save / marker).is_file():
         raise ValueError(
-            f"save ({save}) is not an earlier output of this command (it has no {marker}), so it "
-            "is not overwritten. Choose another."
+            f"{option} ({save}) is not an earlier output of this command (it has no {marker}), so "
+            "it is not overwritten. Choose another."
         )
 
 
@@ -49,7 +50,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def written_atomically(target: Path) -> Iterator[Path]:
+def written_atomically(target: Path, option: str = "save") -> Iterator[Path]:
     """A folder beside `target` that takes its place once the block ends without an error.
 
     It is locked while its writer lives; what a kill has left of an earlier one is removed. Until
@@ -58,6 +59,7 @@ def written_atomically(target: Path) -> Iterator[Path]:
     Args:
         target: Folder to make. What stands there when the block begins is replaced; call
             `check_target` in the block, under the lock, to be sure of it.
+        option: Its name in messages.
 
     Raises:
         ValueError: If the folder cannot be made, another process is writing it, or one has made it
@@ -67,7 +69,7 @@ def written_atomically(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     partial = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
-    lock = _make_and_lock(partial, target)
+    lock = _make_and_lock(partial, target, option)
     try:
         if old.exists() and not target.exists():
             os.replace(old, target)  # a kill came between the two steps of `_publish`
@@ -89,16 +91,16 @@ def written_atomically(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _make_and_lock(partial: Path, target: Path) -> int:
+def _make_and_lock(partial: Path, target: Path, option: str) -> int:
     """Returns a descriptor of the folder; closing it, or the end of the process, unlocks."""
-    busy = f"save ({target}) is being written by another process. Wait, or end it."
+    busy = f"{option} ({target}) is being written by another process. Wait, or end it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
         return open_locked(partial, os.O_RDONLY | os.O_DIRECTORY, busy)
     except OSError as error:
         raise ValueError(
-            f"save ({target}) cannot be made: {error.strerror}, {error.filename}. Choose a place "
-            "where folders may be made."
+            f"{option} ({target}) cannot be made: {error.strerror}, {error.filename}. Choose a "
+            "place where folders may be made."
         ) from None
 
 

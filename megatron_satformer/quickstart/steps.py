@@ -116,14 +116,12 @@ def build_steps(train_iters: int) -> list[Step]:
             "loss curves, and what the gates do on held-out text",
             {
                 "loss.png": "training and validation loss",
-                "gates.png": "mean gate, and share of exact zeros, per layer and head",
-                "gates.json": "the same as numbers",
+                "gates": "what the gates do: gates.html token by token, pictures, gates.json",
             },
-            f"-m megatron_satformer.analysis.gates --model {{root}}/hf {DATA} "
-            f"--seq-length {SEQ_LENGTH} --output {{root}}/gates.json && "
             f"-m megatron_satformer.analysis.plots --save {{root}} {compared} "
-            "--tensorboard-dir {root}/tensorboard --log {root}/train.log "
-            "--gates {root}/gates.json",
+            "--tensorboard-dir {root}/tensorboard --log {root}/train.log && "
+            "tools/analyze_gates.py --load {root}/hf --out {root}/gates "
+            f"{DATA.replace('--data-path', '--data')} --max-tokens 16384 --ablation-tokens 2048",
         ),
         Step(
             "summary",

@@ -1,17 +1,9 @@
-import numpy as np
 import pytest
 
 from megatron_satformer.analysis import plots
 from megatron_satformer.analysis.losses import Losses
 
 LOSSES = Losses(train={2: 6.0, 1: 8.0, 3: 5.0}, valid={3: 5.5, 1: 8.5})
-REPORT = {
-    "layers": [3, 4, 5],
-    "mean": [[0.0, 0.5], [1.0, 0.25], [0.125, 2.0]],
-    "zeros": [[1.0, 0.5], [0.0, 0.25], [0.75, 0.125]],
-    "tokens": 4096,
-    "value_gate": "relu",
-}
 
 
 @pytest.fixture
@@ -44,19 +36,6 @@ def test_no_losses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="losses must have a training step"):
         plots.plot_losses(tmp_path / "loss.png", Losses())
     assert not (tmp_path / "loss.png").exists()
-
-
-def test_gates(tmp_path, drawn):
-    plots.plot_gates(tmp_path / "gates.png", REPORT)
-    left, right = drawn[0].axes[:2]
-    assert np.array_equal(left.images[0].get_array(), REPORT["mean"])
-    assert np.array_equal(right.images[0].get_array(), 100 * np.array(REPORT["zeros"]))
-    assert [label.get_text() for label in left.get_yticklabels()] == ["3", "4", "5"]
-    assert {(axes.get_xlabel(), axes.get_ylabel()) for axes in (left, right)} == {
-        ("KV head", "layer")
-    }
-    assert [axes.get_ylabel() for axes in drawn[0].axes[2:]] == ["alpha", "share of tokens (%)"]
-    assert is_picture(tmp_path / "gates.png")
 
 
 def test_the_command_compares_with_counting(tmp_path, drawn, monkeypatch):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from megatron_satformer.checkpoint.exported.configuration_decoder import DecoderConfig
+from megatron_satformer.checkpoint.exported.modeling_access import LearnedAccess
 from megatron_satformer.checkpoint.exported.modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -33,13 +34,15 @@ class MeanFormerAttention(DecoderAttention):
         super().__init__(config, layer_idx)
         if layer_idx:
             self.beta = nn.Parameter(torch.full((1,), 0.3))
+            self.access = LearnedAccess(["mean V"])
 
     def mix(self, hidden_states, k, v, carried):
         embedding, *values = self.expect(carried, 1 + self.layer_idx)
         mixed = v
         if values:
             mean = torch.stack(values).mean(0)
-            mixed = (v + self.config.mean_scale * self.beta.float() * mean).to(v.dtype)
+            beta = self.access(self.beta.float())
+            mixed = (v + self.config.mean_scale * beta * mean).to(v.dtype)
         return k, mixed, (embedding, *values, v), None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_satformer.analysis.retrieval.examples import Example
 from megatron_satformer.analysis.retrieval.files import MARKER
@@ -80,7 +81,10 @@ class TestSet:
 
 
 def find_test_sets(
-    data: Path, tasks: Sequence[str] | None = None, lengths: Sequence[int] | None = None
+    data: Path,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    option: str = "data",
 ) -> list[TestSet]:
     """Finds the test sets of a folder, in the order of task and length.
 
@@ -88,43 +92,58 @@ def find_test_sets(
         data: Made by tools/make_retrieval_data.py.
         tasks: Those wanted; None for all.
         lengths: Likewise.
+        option: Name of `data` in messages.
 
     Raises:
         ValueError: If it is no such folder, or holds none of what is wanted.
     """
     if not (data / MARKER).is_file():
         raise ValueError(
-            f"data ({data}) must be a folder made by tools/make_retrieval_data.py: it has no "
+            f"{option} ({data}) must be a folder made by tools/make_retrieval_data.py: it has no "
             f"{MARKER}."
         )
     found = []
     for file in (data / "lm_eval" / "data").glob("*.jsonl"):
         task, _, length = file.stem.rpartition("_")
         found.append(TestSet(task, int(length), file))
-    for option, wanted, there in (
+    for what, wanted, there in (
         ("tasks", tasks, {one.task for one in found}),
         ("lengths", lengths, {one.length for one in found}),
     ):
         for value in wanted or ():
             if value not in there:
                 told = ", ".join(map(str, sorted(there))) or "none"
-                raise ValueError(f"{option} ({value}) must be there to be tested: {told}.")
+                raise ValueError(f"{what} ({value}) must be there to be tested: {told}.")
     chosen = [
         one
         for one in found
         if (not tasks or one.task in tasks) and (not lengths or one.length in lengths)
     ]
     if not chosen:
-        raise ValueError(f"data ({data}) holds no test examples of these tasks and lengths.")
+        raise ValueError(f"{option} ({data}) holds no test examples of these tasks and lengths.")
     return sorted(chosen, key=lambda one: (one.task, one.length))
 
 
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answered]:
-    """Lets a model answer.
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as tokens.
+
+    Attributes:
+        ids: [examples, tokens]; what follows a text is 0.
+        lengths: Tokens of each.
+        spans: Of each answer, its example, its tokens and its depth.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    spans: list[tuple[int, range, float | None]]
+
+
+def encode_examples(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Encoded:
+    """Turns examples into tokens.
 
     Args:
-        model: Causal language model of transformers, in evaluation mode.
+        model: What is to read them.
         tokenizer: Its tokenizer, a fast one.
         examples: As many as it is to read at once.
 
@@ -138,14 +157,31 @@ def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answ
     if most is not None and longest > most:
         raise ValueError(
             f"lengths must be at most {most}, which the model was made for; an example has "
-            f"{longest} tokens. Pass --lengths."
+            f"{longest} tokens. Choose shorter ones."
         )
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)  # what follows a text is not read
-    spans = []
+    spans: list[tuple[int, range, float | None]] = []
     for row, (one, tokens) in enumerate(zip(examples, encoded.input_ids, strict=True)):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         places = [_find_tokens(encoded.offset_mapping[row], *span) for span in one.spans()]
         spans += [(row, place, depth) for place, depth in zip(places, one.depths, strict=True)]
+    return Encoded(ids, [len(tokens) for tokens in encoded.input_ids], spans)
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Answered]:
+    """Lets a model answer.
+
+    Args:
+        model: Causal language model of transformers, in evaluation mode.
+        tokenizer: Its tokenizer, a fast one.
+        examples: As many as it is to read at once.
+
+    Raises:
+        ValueError: As of `encode_examples`.
+    """
+    encoded = encode_examples(model, tokenizer, examples)
+    ids, spans = encoded.ids, encoded.spans
     # the logits of the tokens before those of answers, of any row
     before = sorted({n - 1 for _, place, _ in spans for n in place})
     kept = torch.tensor(before)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_attnres import AttnResConfig
+from .modeling_access import LearnedAccess
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -35,6 +36,7 @@ class DepthQuery(nn.Module):
         self.gain = nn.Parameter(torch.empty(config.hidden_size))
         self.query = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.rms_norm_eps
+        self.access = LearnedAccess("b")
 
     def reset(self) -> None:
         """Values with which every source weighs the same."""
@@ -46,7 +48,7 @@ class DepthQuery(nn.Module):
         wide, weight = [x.float() for x in sources], self.gain.float() * self.query.float()
         norms = [torch.rsqrt(x.square().mean(-1) + self.eps) for x in wide]
         scores = [(x @ weight) * norm for x, norm in zip(wide, norms, strict=True)]
-        weights = torch.stack(scores, dim=-1).softmax(-1)  # [b, s, sources]
+        weights = self.access(torch.stack(scores, dim=-1).softmax(-1))  # [b, s, sources]
         terms = [w.unsqueeze(-1) * x for w, x in zip(weights.unbind(-1), wide, strict=True)]
         total = sum(terms[1:], terms[0])
         return total.to(sources[0].dtype)

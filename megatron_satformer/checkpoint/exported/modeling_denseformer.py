@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_denseformer import DenseFormerConfig
+from .modeling_access import LearnedAccess
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -38,6 +39,7 @@ class DenseFormerLayer(DecoderLayer):
         self.sums = n % config.dwa_period == 0
         if self.sums:
             self.depth_weights = nn.Parameter(torch.eye(len(self.reads))[-1])
+            self.access = LearnedAccess([f"X{j}" for j in self.reads])
 
     def forward(self, hidden_states: Tensor, *carried: Tensor, **kwargs) -> tuple[Any, ...]:
         """Y_{n-1} -> Y_n [b, s, h], gates, attention weights, X_0 .. X_n. Sums are in float32."""
@@ -47,7 +49,8 @@ class DenseFormerLayer(DecoderLayer):
         history = (*history, hidden_states)
         if self.sums:
             read = [history[j].float() for j in self.reads]
-            terms = [a * x for a, x in zip(self.depth_weights.float(), read, strict=True)]
+            weights_of = self.access(self.depth_weights.float())
+            terms = [a * x for a, x in zip(weights_of, read, strict=True)]
             hidden_states = sum(terms).to(hidden_states.dtype)
         return hidden_states, gates, weights, *history
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .configuration_depth_attention import DepthAttentionConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -31,6 +32,9 @@ class DepthAttentionAttention(DecoderAttention):
         stride = config.source_stride
         self.is_source = layer_idx % stride == 0
         self.num_sources = -(-layer_idx // stride)
+        if layer_idx:
+            names = [f"V'{n + 1}" for n in range(0, layer_idx, stride)]
+            self.access = LearnedAccess([*names, "own V"], number_names(config.num_key_value_heads))
 
     def mix_normed(
         self, q: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
@@ -40,8 +44,9 @@ class DepthAttentionAttention(DecoderAttention):
         if carried:
             qbar = q.unflatten(2, (k.size(2), -1)).mean(3).float()  # [b, s, ng, hn]
             scores = [(qbar * key.float()).sum(-1) for key in (*carried[0::2], k)]
-            weights = (torch.stack(scores) * self.scaling).softmax(0).unsqueeze(-1).unbind()
-            pairs = zip(weights, (*carried[1::2], v), strict=True)
+            weights = (torch.stack(scores) * self.scaling).softmax(0)  # [sources, b, s, ng]
+            weights = self.access(weights.movedim(0, -1)).unsqueeze(-1)
+            pairs = zip(weights.unbind(-2), (*carried[1::2], v), strict=True)
             first, *others = (weight * value.float() for weight, value in pairs)
             v = sum(others, first).to(v.dtype)
         return v, (*carried, k, v) if self.is_source else carried

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_hyperconnections import HyperConnectionsConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -39,6 +40,9 @@ class HyperConnection(nn.Module):
         self.dynamic, self.baseline = config.hc_dynamic, config.hc_form == "baseline"
         self.eps = torch.finfo(torch.float32).eps if self.baseline else config.rms_norm_eps
         n, h = config.hc_streams, config.hidden_size
+        names = number_names(n)
+        self.reads = LearnedAccess(names, ["read", *names])
+        self.writes = LearnedAccess(["written"], names)
         self.static_beta = nn.Parameter(torch.empty(n))
         self.static_alpha = nn.Parameter(torch.empty(n * (1 + n)))
         if config.hc_dynamic:
@@ -77,8 +81,8 @@ class HyperConnection(nn.Module):
                 own_beta, own_alpha = own_beta.tanh(), own_alpha.tanh()
             beta = beta + self.dynamic_beta_scale.float() * own_beta
             alpha = alpha + self.dynamic_alpha_scale.float() * own_alpha
-        mixed = alpha.transpose(-1, -2) @ streams  # [b, s, 1 + n, h]
-        return beta, mixed[..., 1:, :], mixed[..., 0, :]
+        mixed = self.reads(alpha.transpose(-1, -2)) @ streams  # [b, s, 1 + n, h]
+        return self.writes(beta), mixed[..., 1:, :], mixed[..., 0, :]
 
 
 class HyperConnectionsLayer(DecoderLayer):

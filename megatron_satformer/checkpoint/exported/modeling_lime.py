@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_lime import LIMeConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
@@ -35,6 +36,8 @@ class LIMeAttention(DecoderAttention):
         if layer_idx:
             ng = config.num_key_value_heads
             self.lime_router = nn.Parameter(torch.empty(ng, layer_idx + 1, ng))
+            names = [f"K, V of {n + 1}" for n in range(layer_idx + 1) for _ in range(ng)]
+            self.access = LearnedAccess(names, number_names(ng))
 
     def mix(
         self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
@@ -44,12 +47,15 @@ class LIMeAttention(DecoderAttention):
         if self.layer_idx:
             if v.size(-2) < self.config.num_key_value_heads:
                 raise NotImplementedError(SPLIT_HEADS.format("the router of a LIMe"))
-            k, v = self._route(carried[0::2]), self._route(carried[1::2])
+            router = self.access(self.lime_router.float().flatten(1))
+            router = router.unflatten(1, self.lime_router.shape[1:])
+            k, v = self._route(router, carried[0::2]), self._route(router, carried[1::2])
         return k, v, carried, None
 
-    def _route(self, history: Sequence[Tensor]) -> Tensor:
-        """Sums of tensors [b, s, ng, hn], in float32 -> the same shape."""
-        pairs = zip(self.lime_router.float().unbind(1), history, strict=True)
+    @staticmethod
+    def _route(router: Tensor, history: Sequence[Tensor]) -> Tensor:
+        """Sums of tensors [b, s, ng, hn] by weights [ng, n, ng], in float32 -> the same shape."""
+        pairs = zip(router.unbind(1), history, strict=True)
         first, *others = (torch.einsum("gj,bsjd->bsgd", r, x.float()) for r, x in pairs)
         return sum(others, first).to(history[0].dtype)
 

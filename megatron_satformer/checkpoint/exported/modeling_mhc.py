@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_mhc import MHCConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -59,6 +60,10 @@ class MHCConnection(nn.Module):
             nn.Parameter(torch.empty(1)) for _ in range(3)
         )
         self.bias = nn.Parameter(torch.empty(n * n + 2 * n))
+        names = number_names(n)
+        self.reads = LearnedAccess(names, ["read"])
+        self.keeps = LearnedAccess(names, names)
+        self.writes = LearnedAccess(["written"], names)
 
     def reset(self) -> None:
         """Values with which the model is close to a plain Transformer."""
@@ -82,8 +87,8 @@ class MHCConnection(nn.Module):
             matrix = matrix / matrix.sum(-2, keepdim=True)
         matrix = matrix if self.plain else matrix.transpose(-1, -2)
         wide = streams.float()
-        read = (pre.sigmoid().unsqueeze(-2) @ wide).squeeze(-2)
-        return 2 * post.sigmoid().unsqueeze(-1), matrix @ wide, read
+        read = (self.reads(pre.sigmoid().unsqueeze(-2)) @ wide).squeeze(-2)
+        return self.writes(2 * post.sigmoid().unsqueeze(-1)), self.keeps(matrix) @ wide, read
 
 
 class MHCHead(nn.Module):
@@ -95,6 +100,7 @@ class MHCHead(nn.Module):
         self.fn = nn.Parameter(torch.empty(n, n * config.hidden_size))
         self.base, self.scale = nn.Parameter(torch.empty(n)), nn.Parameter(torch.empty(1))
         self.eps = config.rms_norm_eps
+        self.reads = LearnedAccess(number_names(n), ["read"])
 
     def reset(self) -> None:
         """Values with which every stream weighs the same."""
@@ -107,8 +113,8 @@ class MHCHead(nn.Module):
         logits = self.scale.float() * project_normed(
             streams, lambda x: x @ self.fn.float().t(), self.eps
         )
-        weights = (logits + self.base.float()).sigmoid()
-        return (weights.unsqueeze(-2) @ streams.float()).squeeze(-2)
+        weights = self.reads((logits + self.base.float()).sigmoid().unsqueeze(-2))
+        return (weights @ streams.float()).squeeze(-2)
 
 
 class MHCLayer(DecoderLayer):

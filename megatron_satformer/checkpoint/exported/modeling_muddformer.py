@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .configuration_muddformer import MuddFormerConfig
+from .modeling_access import LearnedAccess
 from .modeling_decoder import (
     DecoderAttention,
     DecoderForCausalLM,
@@ -55,6 +56,9 @@ class MuddFormerAggregate(nn.Module):
         super().__init__()
         self.ways, self.sources = ways, sources
         self.eps, self.normed = config.rms_norm_eps, config.mudd_prepost_norm
+        self.access = LearnedAccess(
+            [f"X{n}" for n in range(sources)], list("qkvr") if ways > 1 else ["r"]
+        )
         size, h = ways * sources, config.hidden_size
         width = size
         if config.mudd_form == "released":  # behind the last layer there is one way
@@ -75,7 +79,8 @@ class MuddFormerAggregate(nn.Module):
         if self.normed:
             gains = self.pre_gains.float().view(self.sources, -1)
             read = rms_normed(read, self.eps) * gains
-        sums = weights.unflatten(-1, (self.ways, self.sources)) @ read  # [b, s, C, h]
+        weights = self.access(weights.unflatten(-1, (self.ways, self.sources)))
+        sums = weights @ read  # [b, s, C, h]
         if self.normed:
             gains = self.post_gains.float().view(self.ways, -1)
             sums = rms_normed(sums, self.eps) * gains + newest.unsqueeze(-2)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_resformer import ResFormerConfig
+from .modeling_access import LearnedAccess
 from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
@@ -48,6 +49,8 @@ class ResFormerAttention(DecoderAttention):
         self.mixes = layer_idx in config.mixing_layers
         self.mixing_idx = layer_idx - config.mixing_layers.start
         self.shared = int(config.resformer_form == "learnable_plus")
+        if self.mixes:
+            self.access = LearnedAccess(["V1", "own V"])
         if self.mixes and config.fixed_lambdas is None:
             if not self.shared:
                 self.value_lambda1 = nn.Parameter(torch.full((1,), 0.5))
@@ -62,7 +65,8 @@ class ResFormerAttention(DecoderAttention):
         *shared, v1 = self.expect(carried, self.shared + 1)
         if not self.mixes:
             return k, v, carried, None
-        lambda1, lambda2 = self.config.fixed_lambdas or self._learned_lambdas(v, *shared)
+        lambdas = self.config.fixed_lambdas or self._learned_lambdas(v, *shared)
+        lambda1, lambda2 = self.access(lambdas)
         return k, (lambda1 * v1 + lambda2 * v).to(v.dtype), carried, None
 
     def _learned_lambdas(self, v: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_satformer import SATFormerConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
@@ -53,6 +54,9 @@ class SATFormerAttention(DecoderAttention):
         h, ng = config.hidden_size, config.num_key_value_heads
         if not self.mixes:
             return
+        closed = 0.5 if config.value_gate == "relu" and not config.value_gate_offset else 0.0
+        channels = self.head_dim if config.value_gate == "lerp_channels" else 1
+        self.access = LearnedAccess(["V1"] * channels, number_names(ng), gate=True, zeros=closed)
         if config.value_gate == "constant":
             self.value_alpha = nn.Parameter(torch.zeros(ng))
         elif config.value_gate == "lerp_channels":
@@ -68,7 +72,7 @@ class SATFormerAttention(DecoderAttention):
         if not self.mixes:
             return k, v, self.expect(carried, 1) if self.layer_idx else (v,), None
         (v1,) = self.expect(carried, 1)
-        alpha = self._alpha(hidden_states, v)
+        alpha = self.access(self._alpha(hidden_states, v))
         shown = alpha.mean(-1)
         if self.config.is_convex:
             return k, torch.lerp(v, v1, alpha.expand_as(v)), carried, shown

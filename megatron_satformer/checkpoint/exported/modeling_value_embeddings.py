@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_value_embeddings import ValueEmbeddingsConfig
+from .modeling_access import LearnedAccess, number_names
 from .modeling_decoder import (
     SPLIT_HEADS,
     DecoderAttention,
@@ -35,6 +36,7 @@ class ValueEmbeddingsAttention(DecoderAttention):
             ng, channels = config.num_key_value_heads, min(12, config.hidden_size)
             self.value_embedding = nn.Embedding(config.vocab_size, ng * self.head_dim)
             self.value_embedding_gate = nn.Linear(channels, ng, bias=False)
+            self.access = LearnedAccess(["table"], number_names(ng), gate=True)
 
     def mix(
         self, hidden_states: Tensor, k: Tensor, v: Tensor, carried: tuple[Tensor, ...]
@@ -47,7 +49,8 @@ class ValueEmbeddingsAttention(DecoderAttention):
             raise NotImplementedError(SPLIT_HEADS.format("a table of value embeddings"))
         read = self.value_embedding(ids).unflatten(-1, v.shape[2:])
         gate = 3 * torch.sigmoid(self.value_embedding_gate(hidden_states[..., :12]))
-        return k, torch.addcmul(v, gate.unsqueeze(-1), read), carried, gate
+        gate = self.access(gate.unsqueeze(-1))
+        return k, torch.addcmul(v, gate, read), carried, gate.squeeze(-1)
 
 
 class ValueEmbeddingsPreTrainedModel(DecoderPreTrainedModel):
