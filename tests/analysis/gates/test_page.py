@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_satformer.analysis.gates_page import PageText, write_page
+from megatron_satformer.analysis.gates.page import PageText, write_page
 from tests.browser import PATIENCE, Browser
 from tests.debian import why_not
 
