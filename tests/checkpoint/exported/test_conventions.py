@@ -109,6 +109,14 @@ def test_a_cache_that_is_given_but_not_wanted(architecture):
         torch.testing.assert_close(out[0], decoder(ids)[0][:, 7:], rtol=1e-4, atol=1e-5)
 
 
+@EVERY
+def test_linears_are_torchs_own(architecture):
+    """vLLM puts its own, in the model's dtype, in the place of those of any class."""
+    _, model = build_pair(architecture=architecture)
+    found = {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert found == {torch.nn.Linear}
+
+
 @pytest.mark.skipif(
     not hasattr(output_capturing, "selected_hidden_states"),
     reason="this transformers returns all hidden states",
