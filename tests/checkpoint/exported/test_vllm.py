@@ -156,7 +156,7 @@ def _run_engines(folder: Path, environment: dict[str, str], cases: dict, ranks: 
         for rank in range(ranks)
     ]
     try:
-        codes = [process.wait(1200) for process in running]
+        codes = [process.wait(3600) for process in running]
     finally:
         for process in running:
             _end(process)
