@@ -39,8 +39,9 @@ class SATFormerConfig(ValueResidualConfig):
         if self.value_gate not in VALUE_GATES:
             raise ValueError(f"value_gate ({self.value_gate}) must be one of {VALUE_GATES}.")
         if self.value_gate == "lerp_channels":
+            # without the rule of value_gate, which vLLM reads as a prefix: of value_gate_down too
             up = {"layers.*.self_attn.value_gate_up": "colwise"}
-            self.base_model_tp_plan = self.base_model_tp_plan | up  # type: ignore[misc]
+            self.base_model_tp_plan = DecoderConfig.base_model_tp_plan | up  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @property

@@ -39,8 +39,15 @@ def project_normed(streams: Tensor, project: Callable[[Tensor], Tensor], eps: fl
     return project(flat) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-class Float32Linear(nn.Linear):
-    """A linear that computes in float32; called as a module, so that offloaded weights come."""
+class Float32Projection(nn.Module):
+    """A projection in float32, a module so that offloaded weights come.
+
+    An nn.Linear would not do: vLLM puts one of its own there, in the model's dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], float32."""
@@ -55,7 +62,7 @@ class MHCConnection(nn.Module):
         n = config.hc_streams
         self.streams, self.rounds = n, config.mhc_sinkhorn_iterations
         self.plain, self.eps = config.mhc_residual == "plain", config.rms_norm_eps
-        self.mapping_proj = Float32Linear(n * config.hidden_size, n * n + 2 * n, bias=False)
+        self.mapping_proj = Float32Projection(n * config.hidden_size, n * n + 2 * n)
         self.alpha_pre, self.alpha_post, self.alpha_res = (
             nn.Parameter(torch.empty(1)) for _ in range(3)
         )

@@ -58,7 +58,7 @@ def main(request: str, target: str) -> None:
         try:
             llm = LLM(case["folder"], **asked["engine"] | case.get("engine", {}))
             answers[name] = answer(llm, asked["prompts"], asked["tokens"])
-        except NotImplementedError as error:
+        except Exception as error:
             answers[name] = {"error": str(error)}
         # Its end takes the process groups with it, which are then the next one's.
         del llm

@@ -1,6 +1,8 @@
 """The exported models keep the conventions of transformers' own, which its tools rely on."""
 
 import copy
+import fnmatch
+import re
 import sys
 
 import pytest
@@ -107,6 +109,28 @@ def test_a_cache_that_is_given_but_not_wanted(architecture):
         assert out.past_key_values is None
         assert cache.get_seq_length() == 13
         torch.testing.assert_close(out[0], decoder(ids)[0][:, 7:], rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_linears_are_torchs_own(architecture):
+    """vLLM puts its own, in the model's dtype, in the place of those of any class."""
+    _, model = build_pair(architecture=architecture)
+    found = {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert found == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"architecture": a} for a in ARCHITECTURES), {"value_gate": "lerp_channels"}],
+    ids=lambda o: "-".join(o.values()),
+)
+def test_rules_of_the_plan_begin_no_other_name(options):
+    """vLLM reads the rules of tensor parallelism as expressions that names begin with."""
+    _, model = build_pair(**options)
+    names = [n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for rule in model.config.base_model_tp_plan:
+        begun = [name for name in names if re.match(rule, name)]
+        assert begun == fnmatch.filter(names, rule), rule
 
 
 @pytest.mark.skipif(
