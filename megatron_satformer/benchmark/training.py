@@ -243,7 +243,7 @@ def _measure(options: BenchmarkOptions) -> _Run:
     for _ in range(options.rounds):
         for trainer, taken in zip(trainers, turns, strict=True):
             taken.append([trainer.step() for _ in range(options.steps)])
-    operators = []
+    operators: list[dict[str, float]] = []
     if options.operators:
         steps = [trainer.step for trainer in trainers]
         operators = seconds_by_operator(steps, trainers[0].device)

@@ -196,12 +196,12 @@ def _cost(options: BenchmarkOptions, architecture: str) -> dict[str, list[Cost]]
         with fake_rank(model.transformer, 0):
             chunk = build_chunk(model, 0, 1)
             ids = torch.zeros(options.micro_batch_size, options.seq_length, dtype=torch.int64)
-            known = [cost.flops for cost in found.get("torch", [])] or [None, None]
+            known: Sequence[float | None] = [cost.flops for cost in found.get("torch", ())]
             with Traffic(options.gpu) as traffic, _as_on_a_gpu(traffic):
                 loss = chunk(ids, ids, None, labels=ids).float().mean()
-                forward = traffic.take(known[0])
+                forward = traffic.take(*known[:1])
                 loss.backward()
-                found[way] = [forward, traffic.take(known[1])]
+                found[way] = [forward, traffic.take(*known[1:])]
     return found
 
 
