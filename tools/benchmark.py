@@ -2,17 +2,20 @@
 """Compare training steps of architectures at one shape on the current device.
 
     python tools/benchmark.py --architectures transformer satformer resformer
+    python tools/benchmark.py --roofline
     python tools/benchmark.py --hf
     python tools/benchmark.py --vllm .venv/vllm/bin
 
 Runs A B C A B C ... in one process, so that all meet the same machine, and prints the median step
-time, the bytes kept for backward and the peak memory of each, also over those of A. With --hf, the
+time, the bytes kept for backward and the peak memory of each, also over those of A. With
+--roofline, nothing is timed: what a step moves and computes, against a GPU's limits. With --hf, the
 exported Hugging Face models read a prompt and decode on the CPU beside transformers' own Qwen3 (or
 Llama) of the same shape; with --vllm, vLLM serves them. Not a test: times depend on the machine.
 """
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from importlib import import_module
@@ -42,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BIN",
         help="as --hf, served by the vLLM of the environment in BIN; takes the flags of --hf",
     )
+    parser.add_argument(
+        "--roofline",
+        action="store_true",
+        default=False,
+        help="computed instead: the least time of a step at 1.3B, or the sizes given, on a GPU",
+    )
+    parser.add_argument("--gpu", help="with --roofline: h100, h200, b200 or a100")
     parser.add_argument("--eager", action="store_true", help="with --vllm: nothing compiled")
     parser.add_argument(
         "--architectures",
@@ -55,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="of one turn each; with --hf: prompts of each")
     parser.add_argument("--processes", type=int, help="one after the other; ratios: their median")
     parser.add_argument("--steps", type=int, help="steps of each per round")
+    parser.add_argument(
+        "--operators",
+        type=int,
+        metavar="N",
+        help="also the N operators of each whose time differs most from the baseline's",
+    )
     parser.add_argument("--new-tokens", type=int, help="with --hf: decoded after each prompt")
     parser.add_argument(
         "--no-qk-layernorm",
@@ -75,15 +91,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Parse, measure, print."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported
     args = vars(_parser().parse_args())
-    target, hf = args.pop("json"), args.pop("hf")
+    target, hf, roofline = args.pop("json"), args.pop("hf"), args.pop("roofline")
     if target and not Path(target).absolute().parent.is_dir():
         raise ValueError(f"json ({target}) must be in a folder that exists. Make it first.")
+    if hf + roofline + ("vllm" in args) > 1:
+        raise ValueError(
+            "hf, roofline, vllm (given) must not be given together. Leave all but one."
+        )
     if "vllm" in args:
-        kind, where = "serving", "with --vllm"
+        kind, where = "benchmark.serving", "with --vllm"
+    elif roofline:
+        kind, where = "planning.roofline", "with --roofline"
     else:
-        kind, where = ("hugging_face", "with --hf") if hf else ("training", "without --hf")
-    benchmark = import_module(f"megatron_satformer.benchmark.{kind}")
+        kind, where = "benchmark.training", "without --hf"
+        if hf:
+            kind, where = "benchmark.hugging_face", "with --hf"
+    benchmark = import_module(f"megatron_satformer.{kind}")
     for name in args.keys() - {field.name for field in fields(benchmark.BenchmarkOptions)}:
         raise ValueError(f"{name} ({args[name]}) must not be given {where}. Leave it out.")
     figures = benchmark.run_benchmark(benchmark.BenchmarkOptions(**args))

@@ -14,6 +14,7 @@ class GPU:
     Attributes:
         name: as `benchmark.utilization` has it.
         memory: GB.
+        reads: bytes per second, from its own memory and to it.
         inside: bytes per second, one way, between two of one node.
         outside: bytes per second, one way, to another node.
         per_node: how many there are in one.
@@ -21,6 +22,7 @@ class GPU:
 
     name: str
     memory: float
+    reads: float
     inside: float
     outside: float = 50e9  # a network card of 400 Gbit/s for each
     per_node: int = 8
@@ -38,10 +40,10 @@ class GPU:
 
 
 GPUS = {
-    "h100": GPU("H100", 80, 450e9),
-    "h200": GPU("H200", 141, 450e9),
-    "b200": GPU("B200", 180, 900e9),
-    "a100": GPU("A100", 80, 300e9, 25e9),
+    "h100": GPU("H100", 80, 3.35e12, 450e9),
+    "h200": GPU("H200", 141, 4.8e12, 450e9),
+    "b200": GPU("B200", 180, 8e12, 900e9),
+    "a100": GPU("A100", 80, 2.0e12, 300e9, 25e9),
 }
 
 
