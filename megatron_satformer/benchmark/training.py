@@ -93,7 +93,7 @@ class _Trainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         torch.manual_seed(0)
-        model = _build_model(options, architecture)
+        model: Any = _build_model(options, architecture)
         buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=options.bf16)
         self.model = DistributedDataParallel(model.config, buffers, model)
         config = OptimizerConfig(
