@@ -99,6 +99,8 @@ class Traffic(TorchDispatchMode):
             return result
         if name in WRITE_ALONE:
             inputs = inputs[1:]
+        elif name.startswith("new_") or name.endswith("_like"):
+            inputs = []
         flops = 0.0
         if (formula := flop_registry.get(operator._overloadpacket)) is not None:
             flops = formula(*args, **(kwargs or {}), out_val=result)
