@@ -5,6 +5,7 @@ import torch
 
 from megatron_satformer.benchmark.fresh_process import measure_in_own_process
 from megatron_satformer.benchmark.utilization import count_training_flops
+from megatron_satformer.model.architectures import PLAIN
 from megatron_satformer.planning.hardware import find_gpu
 from megatron_satformer.planning.roofline import (
     BenchmarkOptions,
@@ -12,6 +13,7 @@ from megatron_satformer.planning.roofline import (
     format_table,
     run_benchmark,
 )
+from tests.parallel.layouts import DILATED, GATED
 
 
 def test_an_operator_moves_what_it_reads_and_writes():
@@ -38,7 +40,7 @@ def test_bad_shapes_are_told():
 @pytest.mark.slow
 def test_flops_are_the_formulas_and_kernels_move_less():
     options = BenchmarkOptions(
-        ("transformer", "satformer", "denseformer"),
+        (PLAIN, *GATED, *DILATED),
         hidden_size=64,
         num_layers=4,
         num_attention_heads=4,

@@ -15,9 +15,11 @@ from megatron_satformer.analysis.gates.measure import Measured, batches, read_te
 from megatron_satformer.analysis.retrieval.examples import Difficulty
 from megatron_satformer.analysis.retrieval.files import Plan, build_retrieval_data
 from megatron_satformer.checkpoint.convert.to_hf import export_to_hf
+from megatron_satformer.model.architectures import PLAIN
 from tests.analysis.gates.measured import TOKENIZER
 from tests.datasets import write_dataset
 from tests.models import build_exported, build_twin
+from tests.parallel.layouts import DILATED, GATED, NORMED
 
 ROOT = Path(__file__).resolve().parents[3]
 VOCABULARY = 96
@@ -44,7 +46,7 @@ def made(tmp_path_factory):
     build_retrieval_data(folder / "tasks", plan, Difficulty(pairs=2), vocab_size=VOCABULARY)
     rng = np.random.default_rng(0)
     write_dataset(folder / "text", rng.integers(0, VOCABULARY, 1200), [400] * 3, VOCABULARY)
-    for name in ("satformer", "denseformer", "muddformer", "transformer"):
+    for name in (*GATED, *DILATED, *NORMED, PLAIN):
         twin = checkpoints.build_reference(vocab_size=VOCABULARY, architecture=name)
         checkpoints.write_checkpoint(
             folder / name,
@@ -116,7 +118,7 @@ def test_other_learned_access_has_its_pictures(run, architecture, by_token):
     assert found["claims"] == []
     assert ("categories" in found) == by_token
     mean = np.array(found["mean"], dtype=float)
-    assert mean.shape == (3, 4 if architecture == "denseformer" else 13)
+    assert mean.shape == (3, 4 if architecture in DILATED else 13)
     assert np.isnan(mean[0]).any()  # a layer reads none that come later
 
 
