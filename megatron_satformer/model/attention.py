@@ -7,10 +7,11 @@ Must not know: architectures.
 Shapes: s sequence, b micro-batch, ng KV heads, hn head dim; "/tp" marks what a rank holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer import attention as megatrons
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -69,6 +70,73 @@ def _keeps_input(norm: torch.nn.Module, value: Tensor) -> bool:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         norm(buffer[..., : value.size(-1)])
     return any(tensor.untyped_storage()._cdata == storage for tensor in saved)
+
+
+class Fused:
+    """What a linear_qkv with rows of its own behind q, k and v returns, until it is split.
+
+    SelfAttention (0.19.2) views and splits q, k and v in two steps of autograd, whose gradients
+    would be put together, and then once more with those of the other rows. Here it is one step.
+
+    Args:
+        rows: [s, b, q/k/v rows | others | padding].
+        counts: of these three.
+        keep: takes the other rows, once split.
+    """
+
+    def __init__(self, rows: Tensor, counts: Sequence[int], keep: Callable[[Tensor], None]) -> None:
+        self._rows, self._counts, self._keep = rows, counts, keep
+
+    def size(self) -> torch.Size:
+        """Of q, k and v alone."""
+        return torch.Size((*self._rows.shape[:-1], self._counts[0]))
+
+    def view(self, *shape: int) -> "Fused":
+        """As a tensor's."""
+        self._shape = shape
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch.split, which is all that is asked of it."""
+        assert function is torch.split, function
+        fused, sizes = args
+        assert kwargs == {"dim": 3}
+        *parts, others = _Split.apply(fused._rows, fused._counts, fused._shape, sizes)
+        fused._keep(others)
+        return tuple(parts)
+
+    @staticmethod
+    def is_split_by_torch() -> bool:
+        """Whether Megatron leaves the split to torch: Transformer Engine has one of its own."""
+        return megatrons.SplitAlongDim is None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, counts: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.counts, ctx.shape, ctx.sizes, ctx.whole = counts, shape, sizes, rows.shape
+        return _parts(rows, counts, shape, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        known = next(gradient for gradient in gradients if gradient is not None)
+        whole = known.new_empty(ctx.whole)
+        parts = _parts(whole, ctx.counts, ctx.shape, ctx.sizes)
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.zero_() if gradient is None else part.copy_(gradient)
+        whole[..., sum(ctx.counts[:2]) :] = 0
+        return whole, None, None, None
+
+
+def _parts(
+    rows: Tensor, counts: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    qkv, others, _ = rows.split([*counts], dim=-1)
+    return *qkv.view(*shape).split([*sizes], dim=3), others
 
 
 class Remade:

@@ -51,6 +51,7 @@ from megatron_satformer.model.architectures.value_residual import (
     describe_mixing,
     replica_defaults,
 )
+from megatron_satformer.model.attention import Fused
 from megatron_satformer.model.gates import ChannelGate, ConstantGate, apply_gate, draw_apart
 from megatron_satformer.model.mixing import ELEMENTWISE, gated_sum
 from megatron_satformer.unsupported import Row
@@ -144,6 +145,8 @@ class SATFormerAttention(ValueResidualAttention):
     def _keep_gate_logits(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> Any:
         # A hook, because SelfAttention (0.19.2) calls linear_qkv and splits its output itself.
         fused, bias = output
+        if Fused.is_split_by_torch():
+            return Fused(fused, self._row_counts, partial(setattr, self, "_gate_logits")), bias
         qkv, self._gate_logits, _ = fused.split(self._row_counts, dim=-1)
         return qkv, bias
 
