@@ -307,6 +307,7 @@ def _peak_on_cpu(options: BenchmarkOptions, architecture: str) -> int:
     """Bytes that this process needs for training at its peak, beyond the imported libraries."""
     _start(options.device)
     _Trainer(options, architecture)  # whatever the first model imports is not the model's
+    gc.collect()  # its buffers and hooks hold each other
     before = resident("VmRSS")
     trainer = _Trainer(options, architecture)
     for _ in range(MEMORY_STEPS):
