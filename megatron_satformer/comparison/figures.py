@@ -38,10 +38,7 @@ def draw_curves(task: str, found: dict[str, Any], path: Path) -> Path:
     """Validation loss over steps: the mean of the seeds, and the range that they span."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for color, (name, variant) in zip(_colors(len(found)), found.items(), strict=True):
-        curves = [np.array(run["validation"]) for run in variant["seeds"].values()]
-        steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
-        axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.3)
-        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15)
+        _draw_band(axes, [run["validation"] for run in variant["seeds"].values()], name, color)
     axes.set_xlabel("training step")
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title(f"{task}: mean and range of the seeds")
@@ -68,15 +65,13 @@ def draw_accuracy(task: str, found: dict[str, Any], path: Path) -> Path:
 def draw_dead(task: str, found: dict[str, Any], path: Path) -> Path:
     """KV heads per layer whose gate is 0 at every token of a step, over steps; mean and range."""
     gated = {
-        name: [np.array(run["dead"]) for run in variant["seeds"].values()]
+        name: [run["dead"] for run in variant["seeds"].values()]
         for name, variant in found.items()
         if all(run["dead"] for run in variant["seeds"].values())
     }
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for color, (name, curves) in zip(_colors(len(gated)), gated.items(), strict=True):
-        steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
-        axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.3)
-        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15)
+        _draw_band(axes, curves, name, color)
     axes.set_xlabel("training step")
     axes.set_ylabel("dead KV heads of a layer")
     axes.set_title(f"{task}: heads whose gate is 0 at all tokens of a step, mean and range")
@@ -104,6 +99,14 @@ def draw_cost(task: str, found: dict[str, Any], cost: dict[str, Any], path: Path
     axes.set_title(f"{task}: cost against loss, range of the seeds")
     axes.grid(alpha=0.3)
     return _save(figure, path)
+
+
+def _draw_band(axes: Any, curves: list[list[list[float]]], name: str, color: Any) -> None:
+    """Mean and range over steps of curves, each a list of [step, value]."""
+    values = np.array(curves)  # [seeds, steps, 2]
+    steps, values = values[0, :, 0], values[..., 1]
+    axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.3)
+    axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15)
 
 
 def _runs(found: dict[str, Any]) -> list[dict[str, Any]]:
