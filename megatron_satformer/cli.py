@@ -18,10 +18,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 EXIT_USER_ERROR = 2
+DTYPES = ("bf16", "fp16", "fp32")  # of --dtype
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun reads why a rank has failed
 # The first two carry a message written for the user; OSError is the machine's word (disk full,
 # permission). Anything else is our bug and keeps its traceback.
@@ -107,6 +109,22 @@ def add_flags_of(
         how |= further.get(name, {})
         flags = how.pop("flags", (f"--{name.replace('_', '-')}",))
         group.add_argument(*flags, dest=name, **how)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what `analysis.generate.load_model` takes: load, step, tokenizer, dtype, device."""
+    add = parser.add_argument
+    add(
+        "--load",
+        type=Path,
+        required=True,
+        help="Megatron checkpoint of any layout (what --save named in training, or one step's "
+        "folder), or Hugging Face folder: an export, a Llama, a Qwen3. Its code is run.",
+    )
+    add("--step", type=int, help="Iteration of a checkpoint; default: the last one saved.")
+    add("--tokenizer", help="File or folder; default: the model's own.")
+    add("--dtype", choices=DTYPES, help="Default: the one saved.")
+    add("--device", default="cpu", help="A torch device, such as cuda.")
 
 
 @contextlib.contextmanager

@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
-
-DTYPES = ("bf16", "fp16", "fp32")
+from megatron_satformer.cli import ToolParser, add_flags_of, add_model_flags, run_tool
 
 
 def _parser() -> ToolParser:
@@ -16,20 +14,10 @@ def _parser() -> ToolParser:
         epilog="Writes gates.json, PNG heat maps and gates.html, and prints what was claimed of "
         "gates with a verdict. docs/gates.md says what is what.",
     )
+    add_model_flags(parser)
     add = parser.add_argument
-    add(
-        "--load",
-        type=Path,
-        required=True,
-        help="Megatron checkpoint (what --save named in training, or one step's folder) of any "
-        "layout, or exported Hugging Face folder. Code that the folder holds is run.",
-    )
     add("--out", type=Path, required=True, help="Folder to make.")
     add("--overwrite", action="store_true", help="Replace an earlier analysis at --out.")
-    add("--step", type=int, help="Iteration of a checkpoint; default: the last one saved.")
-    add("--tokenizer", help="File or folder; default: the model's own.")
-    add("--dtype", choices=DTYPES, help="Default: the one saved.")
-    add("--device", default="cpu", help="A torch device, such as cuda.")
     return parser
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_satformer.cli import ToolParser, add_flags_of, run_tool
-from megatron_satformer.comparison.prepare import build_corpus, build_retrieval
+from megatron_satformer.comparison.prepare import RetrievalOptions, build_corpus
 from megatron_satformer.comparison.report import add_comparisons, write_report
 from megatron_satformer.comparison.run import CompareOptions, Comparison, measure_cost
 from megatron_satformer.comparison.tasks import retrieval_task, text_task
@@ -43,14 +43,22 @@ def _parser() -> ToolParser:
     add("--split", default="95,5,0", help="As pretrain_satformer.py has it.")
     add("--tokenizer-type", help="Of the corpus.")
     add("--tokenizer-model", help="Of the corpus.")
-    add("--retrieval-tasks", nargs="*", default=["mqar"], help="To train on, each by itself.")
+    add("--no-text", action="store_true", help="Retrieval tasks alone.")
     add("--smoke", action="store_true", help="Two architectures for a few steps: does it run?")
     add("--no-cost", action="store_true", help="Do not measure step time and memory.")
-    names = [field.name for field in fields(CompareOptions)]
+    further = {"size": {"choices": list(SIZES)}, "lr_factors": {"type": float}}
+    add_flags_of(parser, CompareOptions, *_names(CompareOptions), **further)
     add_flags_of(
-        parser, CompareOptions, *names, size={"choices": list(SIZES)}, lr_factors={"type": float}
+        parser.add_argument_group("retrieval tasks"),
+        RetrievalOptions,
+        *_names(RetrievalOptions),
+        retrieval_tasks={"nargs": "*"},
     )
     return parser
+
+
+def _names(options: type) -> list[str]:
+    return [field.name for field in fields(options)]
 
 
 def main() -> int:
@@ -65,22 +73,29 @@ def main() -> int:
     for name in baselines:
         if name not in [variant.name for variant in variants]:
             raise ValueError(f"baselines ({name}) must be of archs. Add it there.")
-    split, costs, wanted = args.pop("split"), not args.pop("no_cost"), args.pop("retrieval_tasks")
+    split, text, costs = args.pop("split"), not args.pop("no_text"), not args.pop("no_cost")
+    wanted = RetrievalOptions(**{name: args.pop(name) for name in _names(RetrievalOptions)})
     corpus = {name: args.pop(name) for name in CORPUS}
     if len({value is None for value in corpus.values()}) > 1:
         missing = next(name for name, value in corpus.items() if value is None)
         raise ValueError(f"{missing} must be given with the others of {', '.join(CORPUS)}.")
+    if not (text or wanted.retrieval_tasks):
+        raise ValueError("no_text must leave a task to train on. Name some by --retrieval-tasks.")
     options = CompareOptions(**args | {"lr_factors": tuple(args["lr_factors"])})
     save.mkdir(parents=True, exist_ok=True)
     busy = f"save ({save}) is in use by another comparison. Wait for it, or choose another."
     open_locked(save / "lock", os.O_RDWR | os.O_CREAT, busy)
-    tasks = [text_task(**(corpus if corpus["data_path"] else build_corpus(save)), split=split)]
-    if wanted:
+    tasks = []
+    if text:
+        corpus = corpus if corpus["data_path"] else build_corpus(save)
+        tasks.append(text_task(**corpus, split=split))
+    if wanted.retrieval_tasks:
         size = SIZES[options.size]
-        length, batch = size.seq_length, size.global_batch_size
-        examples = (options.steps * batch,) if options.steps else ()
-        data = build_retrieval(save, wanted, length, *examples)
-        tasks += [retrieval_task(name, data, length) for name in wanted]
+        samples = options.steps * size.global_batch_size if options.steps else None
+        data, length = wanted.build(save, size.seq_length, samples), wanted.retrieval_length
+        tasks += [
+            retrieval_task(name, data, length, size.seq_length) for name in wanted.retrieval_tasks
+        ]
     comparison = Comparison(save, options, variants, {task.name: task for task in tasks})
     try:
         results = comparison.run()

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from megatron_satformer.cli import ToolParser, run_tool
+from megatron_satformer.cli import DTYPES, ToolParser, run_tool
 
-DTYPES = ("bf16", "fp16", "fp32")
 OURS = "Hugging Face folder"
 THEIRS = "folder in the layout of the paper's own repository, or of an architecture's authors"
 

@@ -6,31 +6,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.cli import ToolParser, run_tool
-
-DTYPES = ("bf16", "fp16", "fp32")
+from megatron_satformer.cli import ToolParser, add_model_flags, run_tool
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
+    add_model_flags(parser)
     add = parser.add_argument
-    add(
-        "--load",
-        type=Path,
-        required=True,
-        help="Megatron checkpoint (what --save named in training, or one step's folder), or "
-        "Hugging Face folder: an export, a Llama, a Qwen3. Code that the folder holds is run.",
-    )
     add("--data", type=Path, required=True, help="Folder made by make_retrieval_data.py.")
     add("--save", type=Path, required=True, help="JSON file to write.")
     add("--tasks", nargs="+", help="Those to evaluate; all if left out.")
     add("--lengths", type=int, nargs="+", help="Those to evaluate; all if left out.")
     add("--limit", type=int, help="Examples of each task and length; all if left out.")
     add("--batch-size", type=int, default=8, help="Examples at a time.")
-    add("--step", type=int, help="Iteration of a checkpoint; default: the last one saved.")
-    add("--tokenizer", help="File or folder; default: the model's own.")
-    add("--dtype", choices=DTYPES, help="Default: the one saved.")
-    add("--device", default="cpu", help="A torch device, such as cuda.")
     return parser
 
 

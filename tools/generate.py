@@ -6,24 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_satformer.cli import ToolParser, run_tool
-
-DTYPES = ("bf16", "fp16", "fp32")
+from megatron_satformer.cli import ToolParser, add_model_flags, run_tool
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
+    add_model_flags(parser)
     add = parser.add_argument
-    add(
-        "--load",
-        type=Path,
-        required=True,
-        help="Megatron checkpoint (what --save named in training, or one step's folder), or "
-        "Hugging Face folder: an export, a Llama, a Qwen3. Code that the folder holds is run.",
-    )
-    add("--step", type=int, help="Iteration of a checkpoint; default: the last one saved.")
-    add("--tokenizer", help="File or folder; default: the model's own.")
-    add("--dtype", choices=DTYPES, help="Default: the one saved.")
     add("--prompt", default="", help="Empty starts a new document.")
     add("--max-new-tokens", type=int, default=100)
     add("--num-samples", type=int, default=1)
@@ -31,7 +20,6 @@ def _parser() -> ToolParser:
     add("--top-k", type=int, default=0, help="0: all tokens.")
     add("--top-p", type=float, default=0.95)
     add("--seed", type=int, default=1234, help="Of the first sample; each further one adds 1.")
-    add("--device", default="cpu", help="A torch device, such as cuda.")
     return parser
 
 

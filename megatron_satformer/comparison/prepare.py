@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,8 +10,7 @@ from tqdm import tqdm
 from megatron_satformer.quickstart.process import REPOSITORY
 
 VOCAB_SIZE = 4096
-TRAIN_EXAMPLES, TEST_EXAMPLES = 20_000, 500
-WORDS = 1024  # of the vocabulary of retrieval tasks
+TRAIN_EXAMPLES, TEST_EXAMPLES = 200_000, 500
 
 
 def build_corpus(root: Path) -> dict[str, str]:
@@ -35,22 +34,51 @@ def build_corpus(root: Path) -> dict[str, str]:
     }
 
 
-def build_retrieval(
-    root: Path, tasks: Sequence[str], length: int, train: int = TRAIN_EXAMPLES
-) -> Path:
-    """Retrieval tasks of one length; returns their folder.
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """What retrieval tasks are trained on; the defaults are what the size tiny begins to learn.
 
-    Args:
-        root: folder of the comparison.
-        tasks: their names.
-        length: tokens of an example.
-        train: examples to train on; fewer steps need fewer.
+    Attributes:
+        retrieval_tasks: To train on, each by itself.
+        retrieval_length: Tokens of an example; a divisor of the size's sequence length.
+        retrieval_words: Words of the vocabulary.
+        pairs: Of mqar: keys and values, each asked for once.
+        power_a: Of mqar, as make_retrieval_data.py has it.
     """
-    folder = root / f"retrieval_{length}_{train}_{'_'.join(tasks)}"
-    flags = f"--tasks {' '.join(tasks)} --lengths {length} --train {train}"
-    flags += f" --valid {TEST_EXAMPLES} --test {TEST_EXAMPLES} --vocab-size {WORDS}"
-    make(folder, f"tools/make_retrieval_data.py --save {folder} {flags}")
-    return folder
+
+    retrieval_tasks: tuple[str, ...] = ("mqar",)
+    retrieval_length: int = 32
+    retrieval_words: int = 32
+    pairs: int = 4
+    power_a: float = 1.0
+
+    def build(self, root: Path, seq_length: int, samples: int | None) -> Path:
+        """Makes the tasks; returns their folder.
+
+        Args:
+            root: folder of the comparison.
+            seq_length: tokens of a sample.
+            samples: that are trained on; None for as many as time allows.
+
+        Raises:
+            ValueError: if no whole number of examples fits a sample, or tasks cannot be made so.
+        """
+        length = self.retrieval_length
+        if length < 1 or seq_length % length:
+            raise ValueError(
+                f"retrieval_length ({length}) must divide the size's sequence length "
+                f"({seq_length})."
+            )
+        train = samples * (seq_length // length) if samples else TRAIN_EXAMPLES
+        how = f"{self.retrieval_words}_{self.pairs}_{self.power_a:g}"
+        folder = root / f"retrieval_{length}_{train}_{how}_{'_'.join(self.retrieval_tasks)}"
+        flags = f"--tasks {' '.join(self.retrieval_tasks)} --lengths {length} --train {train}"
+        flags += f" --valid {TEST_EXAMPLES} --test {TEST_EXAMPLES}"
+        flags += f" --vocab-size {self.retrieval_words} --pairs {self.pairs}"
+        make(
+            folder, f"tools/make_retrieval_data.py --save {folder} {flags} --power-a {self.power_a}"
+        )
+        return folder
 
 
 def make(target: Path, command: str) -> None:

@@ -77,9 +77,18 @@ def text_task(data_path: str, tokenizer_type: str, tokenizer_model: str, split: 
     return Task(TEXT, tuple(flags), len(text.encode()) / tokens.size)
 
 
-def retrieval_task(name: str, data: Path, length: int) -> Task:
-    """A task that tools/make_retrieval_data.py has made, with a tokenizer of its own words."""
+def retrieval_task(name: str, data: Path, length: int, seq_length: int) -> Task:
+    """A task that tools/make_retrieval_data.py has made, with a tokenizer of its own words.
+
+    Args:
+        name: of the task.
+        data: its folder.
+        length: tokens of an example; several in a sample do not see each other.
+        seq_length: tokens of a sample.
+    """
     flags = ["--use-loss-masks", "--tokenizer-type", "HuggingFaceTokenizer"]
+    if length < seq_length:
+        flags += ["--reset-attention-mask", "--reset-position-ids"]
     flags += ["--tokenizer-model", str(data / "tokenizer")]
     for split in ("train", "valid", "test"):
         flags += [f"--{split}-data-path", str(data / split / f"{name}_{length}")]

@@ -132,7 +132,11 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
         assert torch.equal(tensor, other[key]), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["fp32", "bf16"],
+)
 @pytest.mark.parametrize(("architecture", "options"), CASES)
 def test_hugging_face_there_and_back(tmp_path, architecture, options, dtype):
     kind = config_class(architecture)
