@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,7 +47,10 @@ def _parser() -> ToolParser:
     add("--no-text", action="store_true", help="Retrieval tasks alone.")
     add("--smoke", action="store_true", help="Two architectures for a few steps: does it run?")
     add("--no-cost", action="store_true", help="Do not measure step time and memory.")
-    further = {"size": {"choices": list(SIZES)}, "lr_factors": {"type": float}}
+    further: dict[str, dict[str, Any]] = {
+        "size": {"choices": list(SIZES)},
+        "lr_factors": {"type": float},
+    }
     add_flags_of(parser, CompareOptions, *_names(CompareOptions), **further)
     add_flags_of(
         parser.add_argument_group("retrieval tasks"),
