@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_satformer.backend.process_memory import resident
 
@@ -116,9 +117,13 @@ def _patch_cuda_module() -> None:
 
 def _patch_factories() -> None:
     """`device="cuda"`, which Megatron writes out in places, becomes the CPU."""
-    names = "tensor zeros ones empty full arange rand randn randint as_tensor empty_strided"
+    names = (
+        "tensor zeros ones empty full arange rand randn randint as_tensor empty_strided empty_like"
+    )
     for name in names.split():
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # --ckpt-fully-parallel-load: the factory is a default, bound when the class was made.
+    ShardedTensor.init_data.__defaults__ = (torch.empty,)
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

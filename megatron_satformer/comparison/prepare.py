@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megatron_satformer.quickstart.process import REPOSITORY
 
 VOCAB_SIZE = 4096
-TRAIN_EXAMPLES, TEST_EXAMPLES = 200_000, 500
+TRAIN_EXAMPLES, TEST_EXAMPLES = 100_000, 500
 
 
 def build_corpus(root: Path) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Every patch of the CPU backend must be needed: Megatron still asks for what it replaces."""
 
+import inspect
 import re
 from pathlib import Path
 
 import megatron.core
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_satformer.backend import cpu
 
@@ -33,6 +35,11 @@ def test_megatron_still_calls_the_patched_function(name):
 
 def test_megatron_still_writes_device_cuda():
     assert re.search(r"device=['\"]cuda['\"]", TEXT)
+
+
+def test_megatron_still_binds_a_factory_as_a_default():
+    """And the backend's is still the only one: shards that other ranks have read come into it."""
+    assert inspect.signature(ShardedTensor.init_data).parameters["init_fn"].default is torch.empty
 
 
 def test_megatron_still_sorts_by_cuda_type_names():

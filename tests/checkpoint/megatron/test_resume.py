@@ -31,6 +31,7 @@ SLOW = pytest.mark.slow
             pytest.param(2, f"{DO} --architecture {name}", marks=SLOW)
             for name in (*CARRYING, *READING)
         ),
+        pytest.param(2, f"{DO} --ckpt-fully-parallel-load", marks=SLOW),
         pytest.param(2, f"{PP2} --architecture resformer --ckpt-format torch", marks=SLOW),
         pytest.param(4, f"{TP2} {PP2} {SP} {DO} {DROPOUT}", marks=SLOW),
         pytest.param(4, f"{PP2} {DO} --overlap-grad-reduce --overlap-param-gather", marks=SLOW),
