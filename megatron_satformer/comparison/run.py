@@ -49,7 +49,7 @@ class CompareOptions:
 
     size: str = "tiny"
     seeds: int = 3
-    lr_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    lr_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     steps: int | None = None
     budget_minutes: float = 110.0
     ranks: int = 1
