@@ -28,6 +28,8 @@ SHAPE = {
 TOLERANCE = {"logits": 1e-5, "gradient": 5e-5}
 ARCHITECTURES = list(TABLE)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+# Enough to show a wrong cache; more of the default, whose caches all others share.
+NEW_TOKENS = {DecoderOptions.architecture: 64}
 SEEDS = {"lime": 0}  # of weights that write more than one word, where 3 does not
 OWN = [name for name in TABLE if find_architecture(name).model_options]  # by options
 MIXING = [name for name in OWN if "value_residual_last_k" in find_architecture(name).own_options]
@@ -95,15 +97,10 @@ def test_equals_reference(options, attention):
         assert difference < TOLERANCE["gradient"], (name, difference)
 
 
-def new_tokens(architecture: str) -> int:
-    """As many as show a wrong cache, and more of the default, whose caches all others share."""
-    return 64 if architecture == DecoderOptions.architecture else 24
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_with_and_without_cache(architecture):
     """The reference without any cache, generate without and with caches."""
-    count = new_tokens(architecture)
+    count = NEW_TOKENS.get(architecture, 24)
     options = {"architecture": architecture, "tie_word_embeddings": False}
     reference, model = build_pair(SEEDS.get(architecture, 3), scale=0.8, **options)
     prompt = random_ids(b=2, s=5)
@@ -125,7 +122,7 @@ def test_left_padded_batch_equals_single(architecture, attention):
     seed, options = SEEDS.get(architecture, 3), {"tie_word_embeddings": False, "scale": 0.8}
     _, model = build_pair(seed, architecture=architecture, attention=attention, **options)
     prompts = [random_ids(1, n, seed=n)[0] for n in (3, 11, 7)]
-    options = {**GREEDY, "max_new_tokens": new_tokens(architecture)}
+    options = {**GREEDY, "max_new_tokens": NEW_TOKENS.get(architecture, 24)}
     singles = [model.generate(p[None], **options)[0, len(p) :] for p in prompts]
     assert all(single.unique().numel() > len(single) // 8 for single in singles)
     batch = torch.zeros(3, 11, dtype=torch.long)
