@@ -90,16 +90,16 @@ def main() -> int:
     busy = f"save ({save}) is in use by another comparison. Wait for it, or choose another."
     open_locked(save / "lock", os.O_RDWR | os.O_CREAT, busy)
     tasks = []
-    if text:
-        corpus = corpus if corpus["data_path"] else build_corpus(save)
-        tasks.append(text_task(**corpus, split=split))
-    if wanted.retrieval_tasks:
+    if wanted.retrieval_tasks:  # first: what is too hard for its length is refused here
         size = SIZES[options.size]
         samples = options.steps * size.global_batch_size if options.steps else None
         data, length = wanted.build(save, size.seq_length, samples), wanted.retrieval_length
         tasks += [
             retrieval_task(name, data, length, size.seq_length) for name in wanted.retrieval_tasks
         ]
+    if text:
+        corpus = corpus if corpus["data_path"] else build_corpus(save)
+        tasks.insert(0, text_task(**corpus, split=split))
     comparison = Comparison(save, options, variants, {task.name: task for task in tasks})
     try:
         results = comparison.run()
